@@ -1,0 +1,37 @@
+# Every target does its own set-up: only Python 3.11+, make and git are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is pinned for every install: unconstrained, other packages would pull a newer build with gigabytes of CUDA.
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+ONCE ?=
+
+.PHONY: demo test test-all lint format clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "sella needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# Train the tiny bundle on made-up data, serve it, rank once, and go on serving; ONCE=1 stops after the request.
+demo: $(VENV)/.installed
+	@$(BIN)/python deploy/demo.py $(if $(ONCE),--once)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) bundles build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

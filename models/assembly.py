@@ -1,0 +1,114 @@
+"""From ids and features to what an engine computes: the one place where a pair's prompt and vectors are assembled.
+
+Evaluation, batch scoring and the service all come through here, cold users and items included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.cold import UserPrior
+from models.features import ItemFeatures, UserFeatures
+from models.packed import Branch, Pack
+from models.template import PromptKind, Segment, Template, Title, window_start
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringGroup:
+    """One user's prompt trunk, the candidates behind it, and the vectors of its slots: a plain message.
+
+    Shapes: K candidates, C = d_C, D = d_L.
+    """
+
+    pack: Pack
+    user_1C: Floats
+    item_KC: Floats
+    semantic_KD: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryUse:
+    """What became of a history: how many items were given, stand in the prompt, and were left out."""
+
+    given: int
+    used: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssembledUser:
+    """The instruction and user segment, the user's vector, and what to report."""
+
+    segment: Segment
+    vector_C: Floats
+    history: HistoryUse
+    cold: bool
+    titles_cut: int  # history titles that the token cap shortened
+
+
+def history_window(history: Sequence[str], total: int, template: Template) -> tuple[str, ...]:
+    """Return the ids of the window out of a history's tail; `total` counts the whole history.
+
+    Raises:
+        ValueError: the tail is too short for the window.
+    """
+    wanted = total - window_start(total, template.config)
+    if wanted > len(history):
+        raise ValueError(f"a history of {total} items needs its last {wanted}; {len(history)} were given")
+    return tuple(history[len(history) - wanted :])
+
+
+class Assembler:
+    """Assembles prompts and vectors for one bundle."""
+
+    def __init__(self, template: Template, prior: UserPrior, *, title_cache: int = 65536) -> None:
+        self.template = template
+        self.prior = prior
+        # Catalogue titles recur in every request; each is tokenized once.
+        self._title = lru_cache(maxsize=title_cache)(lambda text: template.titles([text])[0])
+
+    def title(self, text: str) -> Title:
+        """Return a title's tokens under the cap."""
+        return self._title(text)
+
+    def user(self, user: UserFeatures | None, window: Sequence[ItemFeatures], total: int) -> AssembledUser:
+        """Assemble the user segment for a window of liked items, oldest first, out of a history of `total`.
+
+        A user without a trained vector is folded in from the items that the prompt shows.
+        """
+        titles = [self.title(item.title) for item in window]
+        first = self.template.first_kept(titles)
+        shown, titles = window[first:], titles[first:]
+        cold = user is None or user.vector_C is None
+        if user is None or user.vector_C is None:
+            vector = self.prior.fold_in(_stack([item.fold_C for item in shown], len(self.prior.mean_C)))
+        else:
+            vector = user.vector_C
+        kind = PromptKind.PROJECT
+        return AssembledUser(
+            segment=self.template.instruction(kind) + self.template.user_segment(kind, titles),
+            vector_C=vector,
+            history=HistoryUse(given=total, used=len(shown), dropped=total - len(shown)),
+            cold=cold,
+            titles_cut=sum(title.cut > 0 for title in titles),
+        )
+
+    def group(self, user: AssembledUser, candidates: Sequence[ItemFeatures]) -> ScoringGroup:
+        """Assemble one packed prompt: the user segment, then every candidate behind it."""
+        attach = len(user.segment)
+        segments = [self.template.candidate(PromptKind.PROJECT, self.title(item.title)) for item in candidates]
+        return ScoringGroup(
+            pack=Pack(user.segment, tuple(Branch(attach, segment) for segment in segments)),
+            user_1C=user.vector_C[None],
+            item_KC=np.stack([item.collab_C for item in candidates]),
+            semantic_KD=np.stack([item.semantic_D for item in candidates]),
+        )
+
+
+def _stack(vectors: Sequence[Floats], width: int) -> Floats:
+    return np.stack(vectors) if vectors else np.zeros((0, width), np.float32)

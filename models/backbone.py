@@ -1,0 +1,192 @@
+"""The language model: any Hugging Face causal LM with its tokenizer, its LoRA, and its two answer rows.
+
+Shapes: B sequences, T tokens, D = d_L, K answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from models.tokens import AnswerTokens, TextEncoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be loaded or cannot score; the message says which one and why."""
+
+
+class Backbone:
+    """A causal LM used as a scorer: embeddings in, last hidden states out, two rows of the head."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        # transformers' and peft's decorators hide their own signatures, so the model is typed as what it is here.
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.encoder = TextEncoder(tokenizer)
+        self.answers: AnswerTokens = self.encoder.answers()
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Hugging Face model, LoRA layers in place if attached."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def d_model(self) -> int:
+        """d_L, the width of the embeddings."""
+        return int(self.causal_lm.get_input_embeddings().embedding_dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.causal_lm.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        dtype: torch.dtype = self.causal_lm.get_input_embeddings().weight.dtype
+        return dtype
+
+    def embed(self, token_ids_BT: Tensor) -> Tensor:
+        """Return the input embeddings, `(B, T, D)`."""
+        embeds: Tensor = self.causal_lm.get_input_embeddings()(token_ids_BT)
+        return embeds
+
+    def hidden(self, embeds_BTD: Tensor, position_ids_BT: Tensor, attention_B1TT: Tensor) -> Tensor:
+        """Return the last hidden states, after the final norm, `(B, T, D)`.
+
+        `attention_B1TT` is boolean, True where a token attends; it goes to the architecture as it is.
+        """
+        mask = torch.zeros(attention_B1TT.shape, dtype=embeds_BTD.dtype, device=embeds_BTD.device)
+        mask.masked_fill_(~attention_B1TT, torch.finfo(embeds_BTD.dtype).min)
+        out = self.causal_lm.base_model(
+            inputs_embeds=embeds_BTD, position_ids=position_ids_BT, attention_mask=mask, use_cache=False
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def answer_logits(self, hidden_KD: Tensor) -> Tensor:
+        """Return `l_yes - l_no`, fp32, shape (K,): two rows of the head, never the vocabulary (Eqs. 2-3).
+
+        States and rows are cast to fp32 before they are subtracted: in bf16 the difference of two large logits keeps
+        two digits.
+        """
+        head = self.causal_lm.get_output_embeddings()
+        rows_2D = head.weight[[self.answers.yes, self.answers.no]].float()
+        with torch.autocast(hidden_KD.device.type, enabled=False):
+            logits = hidden_KD.float() @ (rows_2D[0] - rows_2D[1])
+        bias = getattr(head, "bias", None)
+        if bias is not None:
+            logits = logits + (bias[self.answers.yes].float() - bias[self.answers.no].float())
+        return cast(Tensor, logits)
+
+    def embedding_norm(self) -> float:
+        """Return the mean norm of the token embeddings: the scale at which a projected vector enters the prompt."""
+        return float(self.causal_lm.get_input_embeddings().weight.detach().float().norm(dim=-1).mean())
+
+    def freeze(self) -> None:
+        """Freeze every weight and leave training mode."""
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    def attach_lora(self, rank: int, alpha: int, dropout: float) -> None:
+        """Attach LoRA to every linear layer of the blocks; the base stays frozen (Table 1, stage 1)."""
+        if isinstance(self.model, PeftModel):
+            raise BackboneError("LoRA is already attached")
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        self.model = get_peft_model(self.model, config)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def load_lora(self, adapter: Path) -> None:
+        """Attach a saved adapter.
+
+        Raises:
+            BackboneError: the adapter does not fit this model.
+        """
+        try:
+            self.model = PeftModel.from_pretrained(self.causal_lm, str(adapter))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise BackboneError(f"{adapter}: the adapter does not fit the backbone: {error}") from error
+
+    def merge_lora(self, dtype: torch.dtype) -> None:
+        """Merge the adapter in fp32, then cast.
+
+        Merged in bf16 the weights differ from those merged in fp32 and cast; merging once, here, keeps the weights
+        that distil, train stage 3, evaluate and serve the same.
+        """
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.float().merge_and_unload()
+        self.model = self.model.to(dtype)
+        self.freeze()
+
+    def save(self, folder: Path) -> None:
+        """Save model and tokenizer as safetensors and JSON."""
+        self.causal_lm.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+    def weights_id(self) -> str:
+        """Return a hash of the weights as they are in memory, dtype and all: what equal scores depend on."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        for name, tensor in sorted(self.causal_lm.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_backbone(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backbone:
+    """Load a causal LM and its fast tokenizer from a local path or a hub id, in fp32 or bf16.
+
+    Raises:
+        BackboneError: nothing loadable there, or its answers are not single tokens.
+    """
+    try:
+        tokenizer = load_tokenizer(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"backbone {source}: {error}") from error
+    backbone = Backbone(model.to(device), tokenizer)
+    backbone.freeze()
+    return backbone
+
+
+def load_merged(source: str | Path, adapter: Path, *, dtype: torch.dtype, device: str = "cpu") -> Backbone:
+    """Load a backbone with its adapter merged in: the weights that distil, train stage 3, evaluate and serve.
+
+    Raises:
+        BackboneError: one of the two cannot be loaded, or they do not fit.
+    """
+    backbone = load_backbone(source, device=device)
+    backbone.load_lora(adapter)
+    backbone.merge_lora(dtype)
+    return backbone
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer from a local path or a hub id.
+
+    A local tokenizer.json is taken as it is: `AutoTokenizer` with model_type qwen2 replaces a custom pre-tokenizer
+    with Qwen2's own, silently.
+    """
+    if (Path(source) / "tokenizer.json").is_file():
+        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(source))
+        return loaded
+    auto: Any = AutoTokenizer.from_pretrained(str(source))
+    return cast(PreTrainedTokenizerFast, auto)
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that take gradients."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,0 +1,188 @@
+"""The bundle: everything serving needs, in one folder, with one id.
+
+Only safetensors, parquet and JSON: nothing that can execute. Loading verifies every byte and names the file that
+fails; writing goes to a temporary folder, then one rename.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.template import TemplateConfig
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used; the message names the file and what is wrong with it."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Frozen):
+    """One file's identity."""
+
+    sha256: str
+    size: int
+
+
+class BackboneEntry(_Frozen):
+    """Which language model, and how its weights are used."""
+
+    source: str = Field(description='hub id or path; "backbone" for one inside the bundle')
+    base_id: str = Field(description="hash of the base weights in fp32")
+    merged_id: str = Field(description="identity of base, adapter and dtype: bundles that share it share one loaded LM")
+    dtype: Literal["float32", "bfloat16"]
+    yes_id: int
+    no_id: int
+
+
+class Dimensions(_Frozen):
+    """Sizes of the tables and projections."""
+
+    d_collab: int
+    d_hidden: int
+    d_model: int
+    users: int
+    items: int
+
+
+class Manifest(_Frozen):
+    """The bundle's description of itself."""
+
+    format_version: int = FORMAT_VERSION
+    bundle_id: str = Field("", description="hash of every other field, and so of every file")
+    created_by: str
+    backbone: BackboneEntry
+    template: TemplateConfig
+    dimensions: Dimensions
+    data_fingerprint: str
+    training: dict[str, Any]
+    seed: int
+    metrics: dict[str, Any]
+    reference: dict[str, Any] = Field(description="distributions on the validation split, for drift")
+    files: dict[str, FileEntry]
+
+    def canonical(self) -> bytes:
+        """Return the only bytes that a manifest file may hold."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    def sealed(self) -> "Manifest":
+        """Return the manifest with its bundle id filled in."""
+        unsealed = self.model_copy(update={"bundle_id": ""})
+        return self.model_copy(update={"bundle_id": hashlib.sha256(unsealed.canonical()).hexdigest()})
+
+
+def merged_id(base_id: str, adapter: Path, dtype: str) -> str:
+    """Return the identity of merged weights: hashed from what they are made of, so that it holds on any machine."""
+    parts = [
+        base_id,
+        dtype,
+        *(f"{name}:{entry.sha256}" for name, entry in sorted(_describe(adapter).items())),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def write_bundle(out: Path, manifest: Callable[[dict[str, FileEntry]], Manifest], fill: Callable[[Path], None]) -> None:
+    """Write a bundle at `out`: `fill` writes its files into a temporary folder beside it, then one rename.
+
+    Raises:
+        BundleError: something is already there.
+    """
+    if out.exists():
+        raise BundleError(f"{out} already exists; choose another path or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        folder = Path(scratch) / "bundle"
+        folder.mkdir()
+        fill(folder)
+        sealed = manifest(_describe(folder)).sealed()
+        (folder / MANIFEST).write_bytes(sealed.canonical())
+        for path in folder.rglob("*"):
+            _sync(path)
+        _sync(folder)
+        folder.rename(out)
+        _sync(out.parent)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a manifest and check it against its own id; the files are not read.
+
+    Raises:
+        BundleError: not a bundle, another format, or an altered manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror or error}; is {folder} a bundle?") from error
+    try:
+        fields = json.loads(raw)
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise BundleError(f"{path}: format {version}; this sella reads format {FORMAT_VERSION}")
+        manifest = Manifest.model_validate(fields)
+    except (ValidationError, ValueError, RecursionError) as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"{path}: not a manifest: {str(error).splitlines()[0]}") from error
+    if raw != manifest.canonical() or manifest.sealed() != manifest:
+        raise BundleError(f"{path}: altered since it was written (its id does not match its contents)")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every file of a bundle against its manifest and return the manifest.
+
+    Raises:
+        BundleError: names the first file that is missing, altered or not the bundle's.
+    """
+    manifest = read_manifest(folder)
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
+    for name in sorted(found - manifest.files.keys()):
+        raise BundleError(f"{folder / name}: not part of the bundle; remove it")
+    for name, entry in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path}: missing")
+        if path.stat().st_size != entry.size:
+            raise BundleError(f"{path}: {path.stat().st_size} bytes, expected {entry.size}")
+        if _hash(path) != entry.sha256:
+            raise BundleError(f"{path}: altered since it was written (sha256 differs)")
+    return manifest
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder of a bundle's part, such as an adapter or a backbone."""
+    shutil.copytree(source, target)
+
+
+def _describe(folder: Path) -> dict[str, FileEntry]:
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(sha256=_hash(path), size=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

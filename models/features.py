@@ -1,0 +1,88 @@
+"""What is known of users and items, and the bundle's own tables of it.
+
+Shapes: U users, I items, C = d_C, D = d_L.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.cold import TextMap, UserPrior
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class UserFeatures:
+    """A user as the tables hold one. `vector_C` is None for a user without training data."""
+
+    user_id: str
+    vector_C: Floats | None
+    history: tuple[str, ...]  # last liked item ids, oldest first, at most the template's window
+    history_total: int  # how many liked items the user has had in all
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFeatures:
+    """An item ready for a prompt. Items without training data carry vectors mapped from their text."""
+
+    item_id: str
+    title: str
+    collab_C: Floats  # behind <Item_ID>
+    fold_C: Floats  # stage 2's vector, for folding users in
+    semantic_D: Floats  # behind <Warm_ID>
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Every user and item of a bundle, looked up by id."""
+
+    user_ids: Sequence[str]
+    item_ids: Sequence[str]
+    titles: Sequence[str]
+    user_trained_U: NDArray[np.bool_]
+    item_trained_I: NDArray[np.bool_]
+    histories: Sequence[tuple[str, ...]]
+    history_totals: Sequence[int]
+    user_vectors_UC: Floats
+    item_vectors_IC: Floats
+    fold_vectors_IC: Floats
+    semantic_ID: Floats
+    prior: UserPrior
+    text_map: TextMap
+    _user_rows: dict[str, int] = field(init=False, repr=False)
+    _item_rows: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_user_rows", {one: row for row, one in enumerate(self.user_ids)})
+        object.__setattr__(self, "_item_rows", {one: row for row, one in enumerate(self.item_ids)})
+
+    def user(self, user_id: str) -> UserFeatures | None:
+        """Return a user, or None if the bundle has never heard of them."""
+        row = self._user_rows.get(user_id)
+        if row is None:
+            return None
+        vector = np.asarray(self.user_vectors_UC[row]) if self.user_trained_U[row] else None
+        return UserFeatures(user_id, vector, tuple(self.histories[row]), int(self.history_totals[row]))
+
+    def item(self, item_id: str) -> ItemFeatures | None:
+        """Return an item of the catalogue, or None."""
+        row = self._item_rows.get(item_id)
+        if row is None:
+            return None
+        return ItemFeatures(
+            item_id,
+            self.titles[row],
+            np.asarray(self.item_vectors_IC[row]),
+            np.asarray(self.fold_vectors_IC[row]),
+            np.asarray(self.semantic_ID[row]),
+            bool(self.item_trained_I[row]),
+        )
+
+    def unseen_item(self, item_id: str, title: str, semantic_D: Floats) -> ItemFeatures:
+        """Return an item outside the catalogue, from its title's distilled vector alone."""
+        mapped = self.text_map(semantic_D[None])[0]
+        return ItemFeatures(item_id, title, mapped, mapped, semantic_D, trained=False)

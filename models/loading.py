@@ -1,0 +1,142 @@
+"""Opening a bundle: verified, then its tables, then its model.
+
+Shapes: U users, I items, C = d_C, D = d_L.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from models.assembly import Assembler
+from models.backbone import DTYPES, Backbone, load_backbone, load_tokenizer
+from models.bundle import BundleError, Manifest, merged_id, verify
+from models.cold import TextMap, UserPrior
+from models.features import Floats, Tables
+from models.probe import probe
+from models.projection import Projections
+from models.scoring_model import ScoringModel
+from models.template import Template
+from models.tokens import TextEncoder
+
+
+class Calibration(BaseModel):
+    """A strictly increasing map of a score's logit: `slope` > 0, so calibration never changes a ranking."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    slope: float = Field(1.0, gt=0, allow_inf_nan=False)
+    intercept: float = Field(0.0, allow_inf_nan=False)
+
+    def __call__(self, raw: Floats) -> Floats:
+        """Return calibrated probabilities."""
+        clipped = np.clip(raw.astype(np.float64), 1e-12, 1 - 1e-12)
+        logit = np.log(clipped) - np.log1p(-clipped)
+        calibrated: Floats = (1 / (1 + np.exp(-(self.slope * logit + self.intercept)))).astype(np.float32)
+        return calibrated
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk; its parts are loaded on demand."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> "Bundle":
+        """Verify every file and return the bundle.
+
+        Raises:
+            BundleError: names the file that fails.
+        """
+        return cls(folder, verify(folder))
+
+    @property
+    def id(self) -> str:
+        """The bundle's id, a sha256 in hex."""
+        return self.manifest.bundle_id
+
+    def tables(self) -> Tables:
+        """Load the users and items; the large tensors stay memory-mapped."""
+        users = pl.read_parquet(self.folder / "users.parquet")
+        items = pl.read_parquet(self.folder / "items.parquet")
+        collab = _map_tensors(self.folder / "collab.safetensors")
+        semantic = _map_tensors(self.folder / "semantic.safetensors")
+        fold = json.loads((self.folder / "fold_in.json").read_text())
+        return Tables(
+            user_ids=users["user_id"].to_list(),
+            item_ids=items["item_id"].to_list(),
+            titles=items["title"].to_list(),
+            user_trained_U=users["trained"].to_numpy(),
+            item_trained_I=items["trained"].to_numpy(),
+            histories=[tuple(one) for one in users["history"].to_list()],
+            history_totals=users["history_total"].to_list(),
+            user_vectors_UC=collab["user_vectors"],
+            item_vectors_IC=collab["item_vectors"],
+            fold_vectors_IC=collab["fold_vectors"],
+            semantic_ID=semantic["vectors"],
+            prior=UserPrior(collab["prior_mean"], collab["prior_covariance"], fold["target"], fold["noise"]),
+            text_map=TextMap(semantic["map_center"], semantic["map_weight"], semantic["map_offset"]),
+        )
+
+    def calibration(self) -> Calibration:
+        """Load the calibration of `score`."""
+        return Calibration.model_validate_json((self.folder / "calibration.json").read_text())
+
+    def backbone(self, *, device: str = "cpu", dtype: str | None = None) -> Backbone:
+        """Load the language model, merge its adapter, and probe it.
+
+        `dtype` overrides the bundle's own; scores then differ from its metrics by rounding.
+
+        Raises:
+            BundleError: the backbone found is not the one the bundle was trained on.
+            BackboneError: it cannot be loaded or fails the probe.
+        """
+        entry = self.manifest.backbone
+        source = self._backbone_source
+        backbone = load_backbone(source, dtype=torch.float32, device=device)
+        base_id = backbone.weights_id()
+        if base_id != entry.base_id or merged_id(base_id, self.folder / "adapter", entry.dtype) != entry.merged_id:
+            raise BundleError(f"backbone {source}: its weights are not those the bundle was trained on")
+        backbone.load_lora(self.folder / "adapter")
+        backbone.merge_lora(DTYPES[dtype or entry.dtype])
+        if (backbone.answers.yes, backbone.answers.no) != (entry.yes_id, entry.no_id):
+            raise BundleError(f"backbone {source}: its tokenizer has other ids for Yes and No")
+        probe(backbone)
+        return backbone
+
+    def projections(self) -> Projections:
+        """Load both projections."""
+        sizes = self.manifest.dimensions
+        projections = Projections(sizes.d_collab, sizes.d_hidden, sizes.d_model)
+        projections.load_state_dict(load_file(self.folder / "projection.safetensors"))
+        return projections.requires_grad_(False)
+
+    def model(self, *, device: str = "cpu", dtype: str | None = None) -> ScoringModel:
+        """Load backbone and projections, ready to score."""
+        return ScoringModel(self.backbone(device=device, dtype=dtype), self.projections())
+
+    def encoder(self) -> TextEncoder:
+        """Load the tokenizer alone: all that assembling prompts needs of the language model."""
+        return TextEncoder(load_tokenizer(self._backbone_source))
+
+    def assembler(self, encoder: TextEncoder, tables: Tables) -> Assembler:
+        """Return the assembler of this bundle's prompts and vectors."""
+        return Assembler(Template(self.manifest.template, encoder), tables.prior)
+
+    @property
+    def _backbone_source(self) -> str | Path:
+        source = self.manifest.backbone.source
+        return self.folder / "backbone" if source == "backbone" else source
+
+
+def _map_tensors(path: Path) -> dict[str, Floats]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118

@@ -1,0 +1,86 @@
+import random
+from pathlib import Path
+
+import pytest
+
+from models.bundle import MANIFEST, BundleError, read_manifest, verify, write_bundle
+from models.loading import Bundle
+from tests.tiny import tiny_bundle
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(bytes(data))
+
+
+def test_a_whole_bundle_verifies_and_names_itself(bundle: Bundle) -> None:
+    assert verify(bundle.folder) == bundle.manifest
+    assert len(bundle.id) == 64
+
+
+def test_equal_contents_give_equal_ids_and_others_do_not(bundle: Bundle, tmp_path: Path) -> None:
+    assert tiny_bundle(tmp_path / "same").id == bundle.id
+    assert tiny_bundle(tmp_path / "other", seed=1).id != bundle.id
+
+
+def test_one_altered_byte_in_any_file_is_found_and_named(copied: Path) -> None:
+    rng = random.Random(0)
+    for path in sorted(path for path in copied.rglob("*") if path.is_file() and path.name != MANIFEST):
+        size = path.stat().st_size
+        for position in {0, size - 1, rng.randrange(size)}:
+            flip(path, position)
+            with pytest.raises(BundleError, match=path.name):
+                verify(copied)
+            flip(path, position)
+    verify(copied)
+
+
+def test_no_byte_of_the_manifest_can_be_altered(copied: Path) -> None:
+    path = copied / MANIFEST
+    size = path.stat().st_size
+    rng = random.Random(1)
+    for position in {0, size - 1, *(rng.randrange(size) for _ in range(300))}:
+        bit = rng.randrange(8)
+        flip(path, position, bit)
+        with pytest.raises(BundleError, match=MANIFEST):
+            read_manifest(copied)
+        flip(path, position, bit)
+    read_manifest(copied)
+
+
+def test_a_missing_a_shortened_and_a_foreign_file_are_named(copied: Path) -> None:
+    adapter = copied / "adapter" / "adapter_model.safetensors"
+    content = adapter.read_bytes()
+    adapter.write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=r"adapter_model\.safetensors: \d+ bytes, expected"):
+        verify(copied)
+    adapter.unlink()
+    with pytest.raises(BundleError, match=r"adapter_model\.safetensors: missing"):
+        verify(copied)
+    adapter.write_bytes(content)
+    (copied / "adapter" / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(BundleError, match=r"adapter_model\.bin: not part of the bundle"):
+        verify(copied)
+
+
+def test_what_is_no_bundle_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"is .* a bundle"):
+        verify(tmp_path)
+    for text in ("", "[]", "null", "{", '{"format_version": 99}', "[" * 100_000):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(BundleError, match=MANIFEST):
+            verify(tmp_path)
+
+
+def test_writing_never_replaces_and_a_failed_write_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="already exists"):
+        write_bundle(bundle.folder, lambda files: bundle.manifest, lambda folder: None)
+
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_bundle(tmp_path / "out", lambda files: bundle.manifest, fail)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from models.backbone import Backbone, BackboneError
+from models.probe import probe
+from tests.tiny import tiny_backbone, tiny_tokenizer
+
+SIZES = {
+    "vocab_size": 420,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+
+
+def backbone_of(model: PreTrainedModel) -> Backbone:
+    backbone = Backbone(model, tiny_tokenizer())
+    backbone.freeze()
+    return backbone
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def test_plain_causal_architectures_pass() -> None:
+    assert probe(tiny_backbone()) < 1e-4
+    assert probe(backbone_of(LlamaForCausalLM(LlamaConfig(**SIZES)))) < 1e-3
+    assert probe(backbone_of(Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)))) < 1e-3
+
+
+def test_a_sliding_window_shorter_than_a_prompt_is_refused() -> None:
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))
+    with pytest.raises(BackboneError, match="MistralForCausalLM: packed"):
+        probe(backbone_of(model))
+
+
+def test_alibi_is_refused() -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=420, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
+    with pytest.raises(BackboneError, match="BloomForCausalLM"):
+        probe(backbone_of(model))
+
+
+def test_a_soft_cap_on_the_logits_is_refused() -> None:
+    config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=1.0, attn_logit_softcapping=None)
+    with pytest.raises(BackboneError, match="Gemma2ForCausalLM"):
+        probe(backbone_of(Gemma2ForCausalLM(config)))

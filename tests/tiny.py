@@ -1,0 +1,203 @@
+"""A complete random bundle on disk, built in about a second: what every test needs that needs a bundle.
+
+Nothing in it is trained, everything in it is real: a random Qwen2 with its own byte-level BPE, a LoRA adapter with
+non-zero weights, tables, projections, calibration. Equal arguments give equal bytes, and so an equal bundle id.
+
+    bundle = tiny_bundle(tmp_path / "bundle")
+    bundle.folder, bundle.id, bundle.tables(), bundle.model()
+
+Users are "u0", "u1", ...; the last `cold_users` have no training data but a stored history, and the very last has
+neither. Items are "i0", "i1", ...; the last `cold_items` have no training data. User "u0" has a history longer than
+the prompt's window.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from models.backbone import Backbone, load_backbone
+from models.bundle import BackboneEntry, Dimensions, FileEntry, Manifest, merged_id, write_bundle
+from models.loading import Bundle
+from models.projection import Projections
+from models.template import TemplateConfig
+
+Dtype = Literal["float32", "bfloat16"]
+
+D_COLLAB, D_HIDDEN, D_MODEL = 8, 16, 48
+WORDS = ("Amber", "Brave", "Copper", "Dark", "Étoile", "Frozen", "Golden", "Hidden", "Iron", "Jade", "Last", "Ночь")
+NOUNS = ("Garden", "Harbour", "Island", "Journey", "Kingdom", "Letter", "Mirror", "Orchard", "Promise", "River")
+
+
+@dataclass(frozen=True)
+class TinySize:
+    """How many users and items, and how many of them (the last ones) have no training data."""
+
+    users: int = 20
+    items: int = 40
+    cold_users: int = 3
+    cold_items: int = 5
+
+
+def tiny_bundle(
+    out: Path,
+    *,
+    seed: int = 0,
+    size: TinySize | None = None,
+    dtype: Dtype = "float32",
+    template: TemplateConfig | None = None,
+) -> Bundle:
+    """Write a random bundle at `out` and open it."""
+    size = size or TinySize()
+    template = template or TemplateConfig()
+    identity: dict[str, str | int] = {}
+
+    def fill(folder: Path) -> None:
+        backbone = tiny_backbone(seed)
+        backbone.save(folder / "backbone")
+        base_id = load_backbone(folder / "backbone").weights_id()
+        _write_adapter(backbone, folder / "adapter", seed)
+        _write_tables(folder, size, seed)
+        _write_projection(folder, backbone.embedding_norm(), seed)
+        identity.update(
+            base_id=base_id,
+            merged_id=merged_id(base_id, folder / "adapter", dtype),
+            yes_id=backbone.answers.yes,
+            no_id=backbone.answers.no,
+        )
+
+    def manifest(files: dict[str, FileEntry]) -> Manifest:
+        return Manifest(
+            created_by="tests.tiny",
+            backbone=BackboneEntry.model_validate({"source": "backbone", "dtype": dtype, **identity}),
+            template=template,
+            dimensions=Dimensions(
+                d_collab=D_COLLAB, d_hidden=D_HIDDEN, d_model=D_MODEL, users=size.users, items=size.items
+            ),
+            data_fingerprint="random",
+            training={},
+            seed=seed,
+            metrics={},
+            reference={},
+            files=files,
+        )
+
+    write_bundle(out, manifest, fill)
+    return Bundle.open(out)
+
+
+def tiny_titles(count: int) -> list[str]:
+    """Return `count` different titles, some with quotes, commas and letters outside ASCII."""
+    return [f'{WORDS[i % 12]} {NOUNS[i // 12 % 10]}, "Part {i}" ({1950 + i % 70})' for i in range(count)]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of some 400 entries in which "Yes" and "No" are single tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    text = ["Yes\nNo\n" * 50, "The user's feature is. Target Movie: Answer:\n" * 10, *tiny_titles(60)]
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def tiny_backbone(seed: int = 0) -> Backbone:
+    """Return a random Qwen2 of two layers, in fp32; its weights are wide enough that scores differ visibly."""
+    tokenizer = tiny_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=D_MODEL,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    backbone = Backbone(model, tokenizer)
+    backbone.freeze()
+    return backbone
+
+
+def _write_adapter(backbone: Backbone, folder: Path, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        backbone.attach_lora(rank=2, alpha=4, dropout=0.0)
+        for name, parameter in backbone.model.named_parameters():
+            if "lora_B" in name:  # PEFT starts B at zero, which would leave a merge untested
+                parameter.data.normal_(std=0.1)
+    assert isinstance(backbone.model, PeftModel)
+    backbone.model.save_pretrained(str(folder))
+
+
+def _write_projection(folder: Path, norm: float, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        projections = Projections(D_COLLAB, D_HIDDEN, D_MODEL)
+        projections.collab.rescale(torch.randn(64, D_COLLAB), norm)
+        projections.warm.rescale(torch.randn(64, D_MODEL), norm)
+    save_torch_file(projections.state_dict(), folder / "projection.safetensors")
+
+
+def _write_tables(folder: Path, size: TinySize, seed: int) -> None:
+    rng = np.random.default_rng(seed + 3)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        return rng.normal(size=shape).astype(np.float32)
+
+    root = normal(D_COLLAB, D_COLLAB)
+    collab = {
+        "user_vectors": normal(size.users, D_COLLAB),
+        "item_vectors": normal(size.items, D_COLLAB),
+        "fold_vectors": normal(size.items, D_COLLAB),
+        "prior_mean": normal(D_COLLAB),
+        "prior_covariance": root @ root.T / D_COLLAB,
+    }
+    semantic = {
+        "vectors": normal(size.items, D_MODEL),
+        "map_center": normal(D_MODEL),
+        "map_weight": normal(D_MODEL, D_COLLAB) / np.float32(D_MODEL**0.5),
+        "map_offset": normal(D_COLLAB),
+    }
+    save_file(collab, folder / "collab.safetensors")
+    save_file(semantic, folder / "semantic.safetensors")
+    (folder / "fold_in.json").write_text(json.dumps({"target": 1.0, "noise": 0.5}))
+    (folder / "calibration.json").write_text(json.dumps({"slope": 0.8, "intercept": -0.3}))
+    item_ids = [f"i{row}" for row in range(size.items)]
+    pl.DataFrame(
+        {
+            "item_id": item_ids,
+            "title": tiny_titles(size.items),
+            "trained": [row < size.items - size.cold_items for row in range(size.items)],
+        }
+    ).write_parquet(folder / "items.parquet")
+    totals = [23, *rng.integers(1, 14, size=size.users - 2).tolist(), 0][: size.users]
+    histories = [[item_ids[i] for i in rng.integers(0, size.items, size=min(total, 10))] for total in totals]
+    pl.DataFrame(
+        {
+            "user_id": [f"u{row}" for row in range(size.users)],
+            "trained": [row < size.users - size.cold_users for row in range(size.users)],
+            "history": pl.Series(histories, dtype=pl.List(pl.String)),
+            "history_total": totals,
+        }
+    ).write_parquet(folder / "users.parquet")

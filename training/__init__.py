@@ -1,0 +1,1 @@
+"""Offline: interactions and item titles in, one bundle out."""

@@ -1,0 +1,173 @@
+"""A data folder as one checked object: the items' titles and the splits of the interactions."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from training.data.columns import (
+    parse_ids,
+    parse_labels,
+    parse_ratings,
+    parse_timestamps,
+    parse_titles,
+    parse_weights,
+)
+from training.data.errors import DataError
+from training.data.split import SPLITS, SplitRule, split_by_time
+from training.data.tables import Table, find_table, missing_column, read_table
+
+__all__ = ["DataError", "Dataset", "load_dataset"]
+
+INTERACTIONS = "interactions"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Items and interactions, checked.
+
+    Attributes:
+        items: `item_id` (str, unique), `title` (str, one line); in file order.
+        splits: "train", "valid", "test" (those that are there, in this order), each with `user_id` (str),
+            `item_id` (str, all in `items`), `label` (Int8, 0 or 1), `timestamp` (seconds UTC, Int64, or Float64
+            in all splits when one has fractions of a second), `weight` (Float32, above 0); in file order.
+        titles_cleaned: how many titles were changed on reading (runs of whitespace, control characters).
+    """
+
+    items: pl.DataFrame
+    splits: dict[str, pl.DataFrame]
+    titles_cleaned: int = 0
+
+    def fingerprint(self) -> str:
+        """Return the sha256 (hex) of the content: the same for the same rows in parquet and in CSV."""
+        digest = hashlib.sha256()
+        for name, frame in {"items": self.items, **self.splits}.items():
+            for column in frame.columns:
+                digest.update(f"{name}.{column}:{frame.height};".encode())
+                digest.update(_canonical_bytes(frame[column]))
+        return digest.hexdigest()
+
+
+def _canonical_bytes(column: pl.Series) -> bytes:
+    if column.dtype == pl.String:
+        # Lengths first: without them "ab", "c" and "a", "bc" would be the same bytes.
+        lengths: bytes = column.str.len_bytes().to_numpy().astype("<u4").tobytes()
+        return lengths + "".join(column).encode()
+    numbers: bytes = column.to_numpy().astype("<f8").tobytes()
+    return numbers
+
+
+def load_dataset(
+    folder: Path,
+    *,
+    positive_above: float | None = None,
+    split: SplitRule | None = None,
+    require: Sequence[str] = ("train", "valid"),
+) -> Dataset:
+    """Read and check a data folder; the format and its rules are in docs/data.md.
+
+    Args:
+        folder: holds `items`, and `train`, `valid`, `test` or one `interactions`; each .parquet or .csv.
+        positive_above: for data with `rating` instead of `label`: ratings above this have label 1.
+        split: how one `interactions` is cut by time; None for the default fractions.
+        require: the splits that must be there.
+
+    Raises:
+        DataError: the first problem found, with how many rows share it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give a folder that holds items and interactions")
+    items_path = find_table(folder, "items")
+    if items_path is None:
+        raise DataError(f"{folder}: items.parquet or items.csv is missing; found: {_listing(folder)}")
+    items, titles_cleaned = _read_items(items_path)
+    paths = _interaction_paths(folder, split)
+    frames = {
+        name: _read_interactions(path, positive_above, items["item_id"], items_path.name)
+        for name, path in paths.items()
+    }
+    if INTERACTIONS in frames:
+        frames = split_by_time(frames[INTERACTIONS], split or SplitRule(), paths[INTERACTIONS].name)
+    for name in require:
+        if name not in frames:
+            raise DataError(
+                f"{folder}: split '{name}' is needed but not there; found: {_listing(folder)}; "
+                f"add {name}.parquet or {name}.csv"
+            )
+    return Dataset(items, _one_timestamp_type(frames), titles_cleaned)
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
+
+
+def _interaction_paths(folder: Path, split: SplitRule | None) -> dict[str, Path]:
+    """Return the files of the interactions: the splits in order, or one under `interactions`."""
+    whole = find_table(folder, INTERACTIONS)
+    found = {name: path for name in SPLITS if (path := find_table(folder, name))}
+    if whole and found:
+        others = ", ".join(path.name for path in found.values())
+        raise DataError(f"{folder}: holds {whole.name} beside {others}; keep either the whole or its splits")
+    if whole:
+        return {INTERACTIONS: whole}
+    if not found:
+        raise DataError(
+            f"{folder}: holds no interactions; found: {_listing(folder)}; add train and valid, or one "
+            "interactions (.parquet or .csv)"
+        )
+    if split is not None:
+        raise DataError(
+            f"{folder}: is split already ({', '.join(found)}); drop the rule for splitting, or give one "
+            "interactions file"
+        )
+    return found
+
+
+def _read_items(path: Path) -> tuple[pl.DataFrame, int]:
+    table = read_table(path, required=["item_id", "title"])
+    ids = parse_ids(table, "item_id")
+    table.reject("item_id", ~ids.is_first_distinct(), "stands in an earlier row too", "keep one row an item")
+    titles = parse_titles(table, "title")
+    return pl.DataFrame([ids, titles]), int((titles != table.frame["title"].cast(pl.String)).sum())
+
+
+def _read_interactions(path: Path, positive_above: float | None, item_ids: pl.Series, items_file: str) -> pl.DataFrame:
+    table = read_table(path, ["user_id", "item_id", "timestamp"], ["label", "rating", "weight"])
+    frame = pl.DataFrame(
+        [
+            parse_ids(table, "user_id"),
+            parse_ids(table, "item_id"),
+            _parse_answers(table, path, positive_above),
+            parse_timestamps(table, "timestamp"),
+            parse_weights(table),
+        ]
+    )
+    unknown = ~frame["item_id"].is_in(item_ids.implode())
+    table.reject("item_id", unknown, f"is not in {items_file}", "add the item there or drop the row")
+    return frame
+
+
+def _parse_answers(table: Table, path: Path, positive_above: float | None) -> pl.Series:
+    """Return the labels, from the one of `label` and `rating` that the file has."""
+    has_label, has_rating = ("label" in table.frame.columns, "rating" in table.frame.columns)
+    if has_label and has_rating:
+        raise DataError(f"{table.file}: has both 'label' and 'rating'; keep one of the two columns")
+    if has_label and positive_above is not None:
+        raise DataError(f"{table.file}: has 'label', which --positive-above does not apply to; drop the option")
+    if has_label:
+        return parse_labels(table)
+    if not has_rating:
+        raise missing_column(path, "label")
+    if positive_above is None:
+        raise DataError(f"{table.file}: has 'rating' but no 'label'; say which are positive, as in --positive-above 3")
+    return parse_ratings(table, positive_above)
+
+
+def _one_timestamp_type(splits: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
+    types = {frame.schema["timestamp"] for frame in splits.values()}
+    if len(types) == 1:
+        return splits
+    return {name: frame.with_columns(pl.col("timestamp").cast(pl.Float64)) for name, frame in splits.items()}

@@ -1,0 +1,125 @@
+"""What a user liked before each interaction, for every row of every split at once.
+
+The rules. A user's own order is train, then valid, then test; within a split by timestamp; equal timestamps in
+file order. The history of a row is the items with label 1 strictly earlier in that order. An item liked twice is
+there twice. A candidate that is in its own history stays there: a user segment must not depend on the candidate,
+or it could not be shared by a user's candidates.
+
+Shapes: B rows of a split, U users, P positives of all users.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from training.data.dataset import Dataset
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class SplitHistories:
+    """The histories of one split's rows, in the rows' order.
+
+    Attributes:
+        user_code: [B] the user, an index into `Histories.user_ids`.
+        item_row: [B] the candidate, a row of `Dataset.items`.
+        length: [B] how many positives the user had before; the history is that many of the user's first.
+    """
+
+    user_code: Int32
+    item_row: Int32
+    length: Int32
+
+
+@dataclass(frozen=True)
+class Histories:
+    """For every interaction of every split, the user's earlier positives.
+
+    Attributes:
+        user_ids: [U] the users, by first appearance in train, valid, test.
+    """
+
+    user_ids: pl.Series
+    _splits: Mapping[str, SplitHistories]
+    _code_of_user: Mapping[str, int]
+    _positives_P: Int32  # rows of items; user by user, oldest first
+    _starts: NDArray[np.int64]  # [U + 1] where each user's positives begin
+    _lengths_through: Mapping[str, Int32]  # [U] positives of each user up to the end of a split
+
+    def of_split(self, split: str) -> SplitHistories:
+        """Return the histories of the rows of one split."""
+        return self._splits[split]
+
+    def item_rows(self, split: str) -> Int32:
+        """Return, for every row of a split, the row of its item in `Dataset.items`: [B]."""
+        return self._splits[split].item_row
+
+    def positives(self, user_id: str) -> Int32:
+        """Return the user's positives in all splits as rows of `Dataset.items`, oldest first; none: empty."""
+        code = self._code_of_user.get(user_id)
+        return self._positives_P[:0] if code is None else self.positives_of(code)
+
+    def positives_of(self, user_code: int) -> Int32:
+        """Return the same for a user's code."""
+        return self._positives_P[self._starts[user_code] : self._starts[user_code + 1]]
+
+    def history(self, split: str, row: int) -> Int32:
+        """Return one row's history as rows of `Dataset.items`, oldest first."""
+        rows = self._splits[split]
+        return self.positives_of(int(rows.user_code[row]))[: rows.length[row]]
+
+    def last(self, user_id: str, *, through: str | None = None) -> Int32:
+        """Return what the user liked up to the end of split `through` (None: of all splits), oldest first."""
+        positives = self.positives(user_id)
+        if through is None or user_id not in self._code_of_user:
+            return positives
+        return positives[: self._lengths_through[through][self._code_of_user[user_id]]]
+
+
+def build_histories(dataset: Dataset) -> Histories:
+    """Return the histories of every row of every split; the rules stand at the top of this file."""
+    rows = pl.concat(
+        frame.select("user_id", "item_id", "label", pl.col("timestamp").cast(pl.Float64))
+        for frame in dataset.splits.values()
+    )
+    heights = [frame.height for frame in dataset.splits.values()]
+    split_of_row = np.repeat(np.arange(len(heights)), heights)
+    user_ids = rows["user_id"].unique(maintain_order=True)
+    user_code = _codes(rows["user_id"], user_ids)
+    item_row = _codes(rows["item_id"], dataset.items["item_id"])
+    label = rows["label"].to_numpy().astype(np.int64)
+
+    # lexsort is stable, and its last key is the first to sort by: user, split, time, then file order.
+    order = np.lexsort((rows["timestamp"].to_numpy(), split_of_row, user_code))
+    before = np.cumsum(label[order]) - label[order]
+    per_user = np.bincount(user_code, weights=label, minlength=len(user_ids)).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(per_user)])
+    length = np.empty(rows.height, dtype=np.int32)
+    length[order] = before - starts[user_code[order]]
+
+    ends = np.cumsum(heights)
+    parts = {name: slice(end - height, end) for name, end, height in zip(dataset.splits, ends, heights, strict=True)}
+    return Histories(
+        user_ids=user_ids,
+        _splits={name: SplitHistories(user_code[part], item_row[part], length[part]) for name, part in parts.items()},
+        _code_of_user={user_id: code for code, user_id in enumerate(user_ids)},
+        _positives_P=item_row[order][label[order] == 1],
+        _starts=starts,
+        _lengths_through={
+            name: np.bincount(user_code[: part.stop], weights=label[: part.stop], minlength=len(user_ids)).astype(
+                np.int32
+            )
+            for name, part in parts.items()
+        },
+    )
+
+
+def _codes(values: pl.Series, distinct: pl.Series) -> Int32:
+    """Return for each value its place among the distinct ones."""
+    places = pl.DataFrame({"id": distinct, "code": np.arange(len(distinct), dtype=np.int32)})
+    joined = values.alias("id").to_frame().join(places, on="id", how="left", maintain_order="left")
+    return joined["code"].to_numpy().astype(np.int32)

@@ -1,0 +1,136 @@
+"""`sella-train prepare`: raw or made-up data to a data folder, with a report of what was kept and dropped."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from sklearn.metrics import roc_auc_score
+
+from training.data.amazon import Halves, prepare_amazon
+from training.data.errors import DataError, first_problem
+from training.data.folder import write_folder
+from training.data.movielens import prepare_movielens
+from training.data.raw import OpenRaw
+from training.data.report import Report, describe
+from training.data.synthetic import SyntheticConfig, draw_tables, planted_probability
+
+app = typer.Typer(name="prepare", help="Turn raw or made-up data into a data folder.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option("--out", help="Data folder to write.", file_okay=False)]
+DEMO = SyntheticConfig()
+
+
+@app.command()
+def movielens(
+    raw: Annotated[Path, typer.Argument(help="Folder of ratings.dat and movies.dat of MovieLens-1M.")],
+    out: Out,
+) -> None:
+    """MovieLens-1M in the split of the paper (its months 14-23, 24-28, 29-33; positive from 4 stars)."""
+    with _problems_in_one_line(), _watched() as open_file:
+        report = prepare_movielens(raw, out, open_file=open_file)
+    _print_report(report, out)
+
+
+@app.command()
+def amazon(
+    reviews: Annotated[Path, typer.Option(help="Reviews, JSON lines, gzip or plain (Books_5.json.gz).")],
+    metadata: Annotated[Path, typer.Option(help="Metadata, JSON lines, gzip or plain (meta_Books.json.gz).")],
+    out: Out,
+    year: Annotated[int, typer.Option(help="The year to keep.", min=1996, max=9998)] = 2017,
+    min_interactions: Annotated[int, typer.Option(help="Keep users with more than this many.", min=0)] = 20,
+    min_item_interactions: Annotated[int, typer.Option(help="Keep items with more than this many.", min=0)] = 0,
+    threshold: Annotated[float, typer.Option(help="Positive are ratings above this.")] = 4.0,
+    halves: Annotated[Halves, typer.Option(help="Cut December at its 16th day, or by rows.")] = "month",
+) -> None:
+    """Amazon reviews of one year: January to November, and the halves of December."""
+    with _problems_in_one_line(), _watched() as open_file:
+        report = prepare_amazon(
+            reviews,
+            metadata,
+            out,
+            year=year,
+            min_interactions=min_interactions,
+            min_item_interactions=min_item_interactions,
+            threshold=threshold,
+            halves=halves,
+            open_file=open_file,
+        )
+    _print_report(report, out)
+
+
+@app.command()
+def synthetic(
+    out: Out,
+    users: Annotated[int, typer.Option(help="Users, cold ones included.")] = DEMO.users,
+    items: Annotated[int, typer.Option(help="Items, cold ones included.")] = DEMO.items,
+    train_rows: Annotated[int, typer.Option(help="Rows of train.")] = DEMO.train_rows,
+    valid_rows: Annotated[int, typer.Option(help="Rows of valid.")] = DEMO.valid_rows,
+    test_rows: Annotated[int, typer.Option(help="Rows of test.")] = DEMO.test_rows,
+    seed: Annotated[int, typer.Option(help="Another seed, another catalogue.")] = DEMO.seed,
+) -> None:
+    """A made-up catalogue with planted tastes, popularity, cold users and cold items."""
+    with _problems_in_one_line():
+        try:
+            config = SyntheticConfig(
+                users=users,
+                items=items,
+                train_rows=train_rows,
+                valid_rows=valid_rows,
+                test_rows=test_rows,
+                seed=seed,
+            )
+        except ValidationError as error:
+            raise DataError(f"synthetic: {first_problem(error)}") from None
+        tables = draw_tables(config)
+        write_folder(out, tables)
+    _print_report(describe(tables), out)
+    for split in ("valid", "test"):
+        rows = tables[split]
+        if rows["label"].n_unique() < 2:
+            continue
+        best = roc_auc_score(rows["label"].to_numpy(), planted_probability(config, rows))
+        typer.echo(f"AUC of the planted probabilities on {split}, the best to expect: {best:.4f}")
+
+
+@contextmanager
+def _problems_in_one_line() -> Iterator[None]:
+    """Print a problem in the data as one line and leave with exit code 2."""
+    try:
+        yield
+    except DataError as error:
+        # Not through rich, which would wrap the line and read brackets in a title as markup.
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _watched() -> Iterator[OpenRaw]:
+    """Yield an opener of raw files that shows how far each has been read."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    # Where there is no terminal, rich would print an empty line for the bar, beside the one line of an error.
+    with Progress(*columns, console=console, disable=not console.is_interactive) as progress:
+
+        def open_file(path: Path) -> IO[bytes]:
+            return progress.open(path, "rb", description=path.name)
+
+        yield open_file
+
+
+def _print_report(report: Report, out: Path) -> None:
+    table = Table("split", title=f"{out}: {report.items:,} items in the catalogue", title_justify="left")
+    for name in ("rows", "users", "items", "positive"):
+        table.add_column(name, justify="right")
+    for name, size in report.splits.items():
+        share = f"{size.positives / size.rows:.1%}" if size.rows else "no file"
+        table.add_row(name, f"{size.rows:,}", f"{size.users:,}", f"{size.items:,}", share)
+    console = Console()
+    console.print(table)
+    for reason, rows in report.dropped.items():
+        console.print(f"dropped {rows:,} rows: {reason}")
