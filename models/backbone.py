@@ -105,6 +105,8 @@ class Backbone:
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         self.model = get_peft_model(self.model, config)
+        # PEFT keeps the layers' names as a set, whose order changes from process to process; files must not.
+        self.model.peft_config["default"].target_modules = sorted(cast(set[str], config.target_modules))
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""

@@ -18,7 +18,8 @@ def canonical_id(value: object) -> str:
         IdError: the value is not an id.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise IdError(f"id {value!r} is a {type(value).__name__}; give a string or an integer")
+        shown = f" {value!r}" if value is None or isinstance(value, (bool, float)) else ""
+        raise IdError(f"id{shown} is a {type(value).__name__}; give a string or an integer")
     text = str(value)
     if not text or len(text) > MAX_ID_LENGTH:
         raise IdError(f"id {text[:40]!r} has {len(text)} characters; give 1 to {MAX_ID_LENGTH}")

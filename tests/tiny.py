@@ -148,6 +148,10 @@ def _write_adapter(backbone: Backbone, folder: Path, seed: int) -> None:
                 parameter.data.normal_(std=0.1)
     assert isinstance(backbone.model, PeftModel)
     backbone.model.save_pretrained(str(folder))
+    config = folder / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    fields["target_modules"].sort()  # PEFT keeps a set, whose order differs from process to process
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True))
 
 
 def _write_projection(folder: Path, norm: float, seed: int) -> None:
@@ -166,14 +170,14 @@ def _write_tables(folder: Path, size: TinySize, seed: int) -> None:
         return rng.normal(size=shape).astype(np.float32)
 
     root = normal(D_COLLAB, D_COLLAB)
-    collab = {
+    collab: dict[str, NDArray[np.float32]] = {
         "user_vectors": normal(size.users, D_COLLAB),
         "item_vectors": normal(size.items, D_COLLAB),
         "fold_vectors": normal(size.items, D_COLLAB),
         "prior_mean": normal(D_COLLAB),
-        "prior_covariance": root @ root.T / D_COLLAB,
+        "prior_covariance": (root @ root.T / D_COLLAB).astype(np.float32),
     }
-    semantic = {
+    semantic: dict[str, NDArray[np.float32]] = {
         "vectors": normal(size.items, D_MODEL),
         "map_center": normal(D_MODEL),
         "map_weight": normal(D_MODEL, D_COLLAB) / np.float32(D_MODEL**0.5),

@@ -1,0 +1,1 @@
+"""Online: a bundle in, scores out over HTTP."""

@@ -1,0 +1,196 @@
+"""The bodies of answers."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+HistorySource = Literal["request", "bundle", "none"]
+
+
+class Message(BaseModel):
+    """An answer or a part of one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HistoryReport(Message):
+    """Where a history came from and what became of it."""
+
+    source: HistorySource
+    given: int = Field(description="Liked items in all.")
+    used: int = Field(description="Those that stand in the prompt.")
+    dropped: int = Field(description="Those before the prompt's window, over its token budget, or skipped as unknown.")
+    titles_cut: int = Field(description="Titles in the prompt that the token cap shortened.")
+    titles_ignored: int = Field(description="Titles sent that differ from the catalogue's, which stands.")
+
+
+class ScoredItem(Message):
+    """One item's score and how it came about."""
+
+    item_id: str
+    score: float = Field(description="Calibrated probability of a click.")
+    raw_score: float = Field(description="The language model's own probability of Yes.")
+    cold_item: bool = Field(description="The item has no training data; its vectors come from its text.")
+    unknown_item: bool = Field(description="The item is not in the catalogue; it was scored from its title alone.")
+    in_history: bool = Field(description="The item stands in the history.")
+    title_ignored: bool = Field(description="The title sent differs from the catalogue's, which stands.")
+    title_tokens_cut: int = Field(description="Tokens that the title's cap cut off.")
+
+
+class ScoredPair(ScoredItem):
+    """One pair's result."""
+
+    index: int = Field(description="The pair's place in the request.")
+    user_id: str
+    cold_user: bool = Field(description="The user has no training data; their vector is folded in from the history.")
+    history: HistoryReport
+
+
+class RankedItem(ScoredItem):
+    """One candidate's result."""
+
+    rank: int = Field(description="From 1, by raw score; equal scores keep the request's order.")
+
+
+class Skipped(Message):
+    """Something that was left out because on_unknown is skip."""
+
+    field: str
+    item_id: str
+    reason: Literal["unknown_item"] = "unknown_item"
+
+
+class _Answer(Message):
+    request_id: str
+    bundle_id: str
+    skipped: list[Skipped]
+    timings_ms: dict[str, float] = Field(description="lookup, assemble, queue, forward and total.")
+
+
+_ITEM_EXAMPLE: dict[str, JsonValue] = {
+    "item_id": "i7",
+    "score": 0.31,
+    "raw_score": 0.44,
+    "cold_item": False,
+    "unknown_item": False,
+    "in_history": False,
+    "title_ignored": False,
+    "title_tokens_cut": 0,
+}
+_HISTORY_EXAMPLE: dict[str, JsonValue] = {
+    "source": "bundle",
+    "given": 23,
+    "used": 8,
+    "dropped": 15,
+    "titles_cut": 0,
+    "titles_ignored": 0,
+}
+_ANSWER_EXAMPLE: dict[str, JsonValue] = {
+    "request_id": "5f1c",
+    "bundle_id": "9c2e",
+    "skipped": [],
+    "timings_ms": {"lookup": 0.1, "assemble": 0.6, "queue": 0.0, "forward": 21.4, "total": 22.5},
+}
+
+
+class ScoreResponse(_Answer):
+    """Scores in the pairs' order."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "results": [
+                        {**_ITEM_EXAMPLE, "index": 0, "user_id": "u1", "cold_user": False, "history": _HISTORY_EXAMPLE}
+                    ],
+                    **_ANSWER_EXAMPLE,
+                }
+            ]
+        }
+    )
+
+    results: list[ScoredPair]
+
+
+class RankResponse(_Answer):
+    """Candidates, best first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "user_id": "u1",
+                    "cold_user": False,
+                    "history": _HISTORY_EXAMPLE,
+                    "results": [{**_ITEM_EXAMPLE, "rank": 1}],
+                    **_ANSWER_EXAMPLE,
+                }
+            ]
+        }
+    )
+
+    user_id: str
+    cold_user: bool = Field(description="The user has no training data; their vector is folded in from the history.")
+    history: HistoryReport
+    results: list[RankedItem]
+
+
+class Problem(Message):
+    """What is wrong, where, and how to mend it."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+class ErrorResponse(Message):
+    """The one shape of every error."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "code": "unknown_item",
+                        "message": "item 'x' is not in the catalogue; send its title, or set on_unknown to skip",
+                        "field": "candidates[3]",
+                    },
+                    "request_id": "5f1c",
+                }
+            ]
+        }
+    )
+
+    error: Problem
+    request_id: str
+
+
+class Alive(Message):
+    """The process answers."""
+
+    status: Literal["alive"] = "alive"
+
+
+class EngineReadiness(Message):
+    """Where the engine stands."""
+
+    state: str
+    detail: str
+    restarts: int
+
+
+class StoreReadiness(Message):
+    """Where the feature store stands."""
+
+    ready: bool
+    detail: str
+
+
+class Readiness(Message):
+    """Whether a request would be scored now, and what stands in its way."""
+
+    ready: bool
+    stopping: bool
+    bundle_id: str
+    engine: EngineReadiness
+    store: StoreReadiness

@@ -1,0 +1,55 @@
+"""The application: its collaborators, its routes, and what starts and ends with it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from service.collaborators import Collaborators
+from service.engines.protocol import EngineBrokenError
+from service.errors import install_error_handlers
+from service.intake import Intake
+from service.metrics import build_version
+from service.routes import health, rank, score
+
+DESCRIPTION = """Scores clicks with a language model that knows the users and items (SeLLa-Rec).
+
+Send ids; titles only for items that are not in the catalogue. Every error has one shape, and says where and how to
+mend it. Limits on lists, titles and bodies are settings of the server."""
+
+
+def create_app(service: Collaborators, on_broken: Callable[[str], None] = lambda _: None) -> FastAPI:
+    """Return the application. It answers at once, and scores when its engine is ready.
+
+    `on_broken` is told if the engine can never load its model.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.current.handle.engine.start()
+        watch = asyncio.create_task(_watch(service, on_broken))
+        yield
+        service.current.stopping = True
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+        await service.current.close()
+
+    app = FastAPI(
+        title="sella", version=build_version(), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
+    )
+    app.state.collaborators = service
+    app.add_middleware(Intake, metrics=service.metrics, log=service.log)
+    install_error_handlers(app, service.metrics, service.log)
+    for routes in (score, rank, health):
+        app.include_router(routes.router)
+    return app
+
+
+async def _watch(service: Collaborators, on_broken: Callable[[str], None]) -> None:
+    try:
+        await service.current.handle.engine.ready()
+    except EngineBrokenError as error:
+        service.log.error("engine_broken", reason=str(error))
+        on_broken(str(error))

@@ -1,0 +1,115 @@
+"""`sella-serve`: a bundle in, a server on a port."""
+
+import signal
+import socket
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import structlog
+import typer
+import uvicorn
+
+from models.backbone import BackboneError
+from models.bundle import BundleError
+from models.loading import Bundle
+from models.tokens import TokenizerError
+from service.app import create_app
+from service.collaborators import Collaborators
+from service.current import CurrentBundle, open_handle
+from service.logs import configure_logs
+from service.metrics import Metrics, build_version
+from service.settings import Settings, SettingsError, load_settings
+
+CANNOT_SERVE = 2
+
+app = typer.Typer(help="Serve scores from a bundle.", no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """Serve scores from a bundle."""
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path | None, typer.Option(help="The bundle's folder [env: SELLA_BUNDLE].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [env: SELLA_HOST; default 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [env: SELLA_PORT; default 8000].")] = None,
+) -> None:
+    """Serve a bundle over HTTP until SIGTERM or Ctrl-C. Every other setting is a SELLA_ variable."""
+    try:
+        settings = load_settings(bundle=bundle, host=host, port=port)
+        log = configure_logs(settings)
+        metrics = Metrics()
+        # Verified before anything listens: a broken bundle is one line here, not a server that is never ready.
+        opened = Bundle.open(settings.bundle)
+        current = CurrentBundle(open_handle(settings, opened, metrics, log))
+        listener = _listen(settings)
+    except (SettingsError, BundleError, BackboneError, TokenizerError, OSError) as error:
+        _give_up(str(error))
+    address, free_port = listener.getsockname()[:2]
+    url = f"http://{f'[{address}]' if ':' in address else address}:{free_port}"
+    sizes = opened.manifest.dimensions
+    typer.echo(
+        f"sella {build_version()}: bundle {opened.id[:12]} ({sizes.users} users, {sizes.items} items) on {url} - "
+        f"the model is loading; {url}/readyz says when it is ready, {url}/docs what to send"
+    )
+    reason = _serve(Collaborators(settings, current, metrics, log), listener, log)
+    if reason:
+        _give_up(reason)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+
+
+def _serve(collaborators: Collaborators, listener: socket.socket, log: structlog.stdlib.BoundLogger) -> str:
+    """Serve until a signal; return why the model can never be served, or ""."""
+    broken: list[str] = []
+
+    def on_broken(reason: str) -> None:
+        broken.append(reason)
+        server.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(collaborators, on_broken),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(collaborators.settings.drain_s)),
+    )
+    server = _Server(config, collaborators.current)
+    # uvicorn restores these handlers and raises the signal again once it has drained. With its own handler there, the
+    # process then ends with 0 and not by the signal, and no signal is lost before uvicorn installs it.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, server.handle_exit)
+    log.info("starting", bundle_id=collaborators.current.handle.bundle_id, version=build_version())
+    server.run(sockets=[listener])
+    log.info("stopped")
+    return broken[0] if broken else ""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling /readyz of a signal as soon as it comes."""
+
+    def __init__(self, config: uvicorn.Config, current: CurrentBundle) -> None:
+        super().__init__(config)
+        self._current = current
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._current.stopping = True
+        super().handle_exit(sig, frame)
+
+
+def _give_up(message: str) -> NoReturn:
+    typer.echo(f"sella-serve: {message}", err=True)
+    raise typer.Exit(CANNOT_SERVE)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,40 @@
+"""What the routes work with: passed in when the application is made, so that tests put fakes here."""
+
+from dataclasses import asdict, dataclass
+
+import structlog
+from fastapi import Request
+
+from service.answers import EngineReadiness, Readiness, StoreReadiness
+from service.current import CurrentBundle
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Collaborators:
+    """One application's settings, bundle, metrics and log."""
+
+    settings: Settings
+    current: CurrentBundle
+    metrics: Metrics
+    log: structlog.stdlib.BoundLogger
+
+    async def readiness(self) -> Readiness:
+        """Return whether a request would be scored now."""
+        with self.current.take() as handle:
+            engine = handle.engine.health()
+            store = await handle.store.health()
+            return Readiness(
+                ready=engine.ready and store.ready and not self.current.stopping,
+                stopping=self.current.stopping,
+                bundle_id=handle.bundle_id,
+                engine=EngineReadiness(state=engine.state, detail=engine.detail, restarts=engine.restarts),
+                store=StoreReadiness(**asdict(store)),
+            )
+
+
+def collaborators_of(request: Request) -> Collaborators:
+    """Return the collaborators of the application that a request came to."""
+    collaborators: Collaborators = request.app.state.collaborators
+    return collaborators

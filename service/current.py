@@ -1,0 +1,100 @@
+"""Bundle handles: all that scoring with one bundle needs, held by each request from its start to its end."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
+
+from models.assembly import Assembler
+from models.features import Tables
+from models.loading import Bundle, Calibration
+from service.batcher import Batcher, BatchLimits
+from service.engines.packed import PackedSource
+from service.engines.protocol import Engine
+from service.engines.supervised import SupervisedEngine, Supervision
+from service.features.embedded import EmbeddedStore
+from service.features.protocol import FeatureStore
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+@dataclass(frozen=True, eq=False)
+class BundleHandle:
+    """One bundle, opened: who holds it may use every part until letting go."""
+
+    bundle_id: str
+    tables: Tables
+    store: FeatureStore
+    assembler: Assembler
+    calibration: Calibration
+    engine: Engine
+    batcher: Batcher
+
+
+class CurrentBundle:
+    """The bundle that new requests get, and how many requests hold it."""
+
+    def __init__(self, handle: BundleHandle) -> None:
+        self.handle = handle
+        self.stopping = False
+        self._holders = 0
+        self._free = asyncio.Event()
+        self._free.set()
+
+    @contextmanager
+    def take(self) -> Iterator[BundleHandle]:
+        """Hold the current bundle for one request; it is not closed before the request lets go."""
+        self._holders += 1
+        self._free.clear()
+        try:
+            yield self.handle
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._free.set()
+
+    async def close(self) -> None:
+        """Wait until no request holds the bundle, then free it."""
+        await self._free.wait()
+        await self.handle.engine.close()
+
+
+def open_handle(
+    settings: Settings, bundle: Bundle, metrics: Metrics, log: structlog.stdlib.BoundLogger
+) -> BundleHandle:
+    """Open a verified bundle's tables and tokenizer here; its engine starts loading when it is told to.
+
+    Raises:
+        BundleError, TokenizerError: the bundle cannot be served.
+    """
+    tables = bundle.tables()
+    engine = SupervisedEngine(
+        PackedSource(
+            folder=bundle.folder.resolve(),
+            bundle_id=bundle.id,
+            device=settings.device,
+            threads=settings.engine_threads,
+            batch_tokens=settings.batch_tokens,
+        ),
+        Supervision(forward_limit_s=settings.forward_limit_s, load_limit_s=settings.load_limit_s),
+        log,
+        on_restart=metrics.engine_restarted,
+    )
+    limits = BatchLimits(
+        queue_tokens=settings.queue_tokens,
+        batch_tokens=settings.batch_tokens,
+        wait_s=settings.batch_wait_ms / 1000,
+        in_flight=settings.batches_in_flight,
+    )
+    metrics.serving(bundle.id, bundle.manifest.backbone.merged_id)
+    return BundleHandle(
+        bundle_id=bundle.id,
+        tables=tables,
+        store=EmbeddedStore(bundle.id, tables),
+        assembler=bundle.assembler(bundle.encoder(), tables),
+        calibration=bundle.calibration(),
+        engine=engine,
+        batcher=Batcher(engine, limits, on_queue=metrics.queued),
+    )

@@ -1,0 +1,90 @@
+"""A worker process as its parent sees it: started, written to, read from, killed, the event loop never waiting."""
+
+import asyncio
+import atexit
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from threading import Thread
+
+from service.engines.worker import ModelSource, run_worker
+
+
+class WorkerProcess:
+    """One worker process with its pipe. Reading and writing block, so each has a thread."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
+        self._process = process
+        self._pipe = pipe
+        self._loop = asyncio.get_running_loop()
+        self._inbox: asyncio.Queue[object] = asyncio.Queue()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="engine writer")
+        self._reader = Thread(target=self._read, name="engine reader", daemon=True)
+        self._reader.start()
+        self.killed_because = ""
+
+    @classmethod
+    async def start(cls, source: ModelSource) -> "WorkerProcess":
+        """Start a fresh interpreter: a fork would share torch's threads and locks."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run_worker, args=(theirs, source), name="sella engine", daemon=True)
+        starting = asyncio.ensure_future(asyncio.to_thread(process.start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await starting
+            process.kill()
+            raise
+        # multiprocessing's own exit handler sends SIGTERM, which a worker ignores, and then waits for it.
+        atexit.register(process.kill)
+        theirs.close()
+        return cls(process, ours)
+
+    @property
+    def pid(self) -> int | None:
+        """The process id."""
+        return self._process.pid
+
+    def send(self, message: object) -> None:
+        """Send without waiting; a worker that is gone is noticed by the reader."""
+        self._writer.submit(self._write, message)
+
+    async def next_message(self) -> object | None:
+        """Return the worker's next message, or None at its end."""
+        return await self._inbox.get()
+
+    def abort(self, reason: str) -> None:
+        """Kill the process; its end then comes through the pipe."""
+        self.killed_because = reason
+        self._process.kill()
+
+    async def kill(self) -> None:
+        """Kill the process if it still runs, and free everything."""
+        self._process.kill()
+        await asyncio.shield(asyncio.to_thread(self._free))
+
+    def _free(self) -> None:
+        atexit.unregister(self._process.kill)
+        self._process.join()
+        self._reader.join()
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._pipe.close()
+        self._process.close()
+
+    def _write(self, message: object) -> None:
+        with suppress(OSError):
+            self._pipe.send(message)
+
+    def _read(self) -> None:
+        message: object | None = None
+        while True:
+            try:
+                message = self._pipe.recv()
+            except (EOFError, OSError):
+                message = None
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._inbox.put_nowait, message)
+            if message is None:
+                return

@@ -1,0 +1,1 @@
+"""Where users and items are looked up: the store protocol and the bundle's own tables."""

@@ -1,0 +1,120 @@
+"""What every request passes first: an id, a count, and, for those with a body, checks before it is read."""
+
+import re
+import uuid
+from collections.abc import Callable, Coroutine
+from email.message import Message as MimeMessage
+from typing import Any
+
+import structlog
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.collaborators import collaborators_of
+from service.errors import BodyTooLargeError, MediaTypeError, error_response
+from service.metrics import Metrics
+
+REQUEST_ID_HEADER = "X-Request-ID"
+UNMATCHED = "unmatched"
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_OUTCOMES = {429: "refused", 499: "cancelled", 503: "unavailable", 504: "expired"}
+
+
+class Intake:
+    """ASGI middleware: gives each request its id and counts it once, by route and outcome."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, log: structlog.stdlib.BoundLogger) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope))
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            self._log.exception("internal_error", request_id=request_id, route=_route(scope))
+            if not status:
+                message = "something went wrong here, not in the request; the log holds it under this request id"
+                await error_response(request_id, 500, "internal_error", message)(scope, receive, send_with_id)
+        finally:
+            self._metrics.answered(_route(scope), _outcome(status))
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is plain JSON of bounded length; neither FastAPI nor pydantic sees another."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the route's handler behind the checks."""
+        handler = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            _require_json(request.headers)
+            limit: int = collaborators_of(request).settings.max_body
+            return await handler(Request(request.scope, _bounded(request.headers, request.receive, limit)))
+
+        return checked
+
+
+def _bounded(headers: Headers, receive: Receive, limit: int) -> Receive:
+    """Return a `receive` that refuses a body over `limit` bytes, declared or not, while it streams."""
+    declared = headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+        raise BodyTooLargeError(limit)
+    seen = 0
+
+    async def bounded() -> Message:
+        nonlocal seen
+        message = await receive()
+        if message["type"] == "http.request":
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise BodyTooLargeError(limit)
+        return message
+
+    return bounded
+
+
+def _require_json(headers: Headers) -> None:
+    declared = headers.get("content-type")
+    if declared is None:
+        raise MediaTypeError("the body has no content type")
+    parsed = MimeMessage()
+    parsed["content-type"] = declared
+    if parsed.get_content_type() != "application/json":
+        raise MediaTypeError("the body's content type is not JSON")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise MediaTypeError("the body is encoded")
+
+
+def _request_id(headers: Headers) -> str:
+    sent = headers.get(REQUEST_ID_HEADER, "")
+    return sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+def _route(scope: Scope) -> str:
+    """Return the route's template. A path that no route matches must not become a label."""
+    return getattr(scope.get("route"), "path", UNMATCHED)
+
+
+def _outcome(status: int) -> str:
+    if status < 400:
+        return "ok" if status else "error"
+    return _OUTCOMES.get(status, "invalid" if status < 500 else "error")

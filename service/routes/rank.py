@@ -1,0 +1,31 @@
+"""POST /rank: many candidates for one user, best first."""
+
+from fastapi import APIRouter, Request, Response
+
+from service.answers import RankedItem, RankResponse
+from service.collaborators import collaborators_of
+from service.intake import JsonRoute
+from service.questions import questions_of_rank
+from service.routes.scored import ERRORS, TimeoutHeader, answer_with, score_for
+from service.schemas import RankRequest
+
+router = APIRouter(route_class=JsonRoute, tags=["scoring"])
+
+
+@router.post("/rank", response_model=RankResponse, responses=ERRORS)
+async def rank_candidates(body: RankRequest, request: Request, timeout_ms: TimeoutHeader = None) -> Response:
+    """Rank candidates for one user by raw score, best first; equal scores keep the request's order."""
+    questions = questions_of_rank(body, collaborators_of(request).settings)
+    scored = await score_for(request, questions, body.on_unknown, timeout_ms)
+    [answer] = scored.answers
+    # Python's sort is stable, so ties keep the request's order.
+    best_first = sorted((item for item in answer.items if item is not None), key=lambda item: -item.raw_score)
+    results = [RankedItem(**dict(item), rank=rank) for rank, item in enumerate(best_first[: body.top_k], start=1)]
+    response = RankResponse(
+        user_id=answer.user_id,
+        cold_user=answer.cold_user,
+        history=answer.history,
+        results=results,
+        **scored.common(),
+    )
+    return answer_with(response, scored)

@@ -1,0 +1,37 @@
+"""POST /score: each pair for itself."""
+
+from fastapi import APIRouter, Request, Response
+
+from service.answers import ScoredPair, ScoreResponse
+from service.collaborators import collaborators_of
+from service.intake import JsonRoute
+from service.questions import questions_of_score
+from service.routes.scored import ERRORS, TimeoutHeader, answer_with, score_for
+from service.schemas import ScoreRequest
+
+router = APIRouter(route_class=JsonRoute, tags=["scoring"])
+
+
+@router.post("/score", response_model=ScoreResponse, responses=ERRORS)
+async def score_pairs(body: ScoreRequest, request: Request, timeout_ms: TimeoutHeader = None) -> Response:
+    """Score pairs of a user and an item; results stand in the request's order.
+
+    Pairs of one user with the same history share one pass over it.
+    """
+    questions, places = questions_of_score(body, collaborators_of(request).settings)
+    scored = await score_for(request, questions, body.on_unknown, timeout_ms)
+    results = []
+    for index, (question, candidate) in enumerate(places):
+        answer = scored.answers[question]
+        item = answer.items[candidate]
+        if item is not None:
+            results.append(
+                ScoredPair(
+                    **dict(item),
+                    index=index,
+                    user_id=answer.user_id,
+                    cold_user=answer.cold_user,
+                    history=answer.history,
+                )
+            )
+    return answer_with(ScoreResponse(results=results, **scored.common()), scored)

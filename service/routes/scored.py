@@ -1,0 +1,143 @@
+"""What /score and /rank share: the handle, the deadline, the client's leaving, and the one log line of a score."""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Header, Request, Response
+from pydantic import BaseModel
+
+from service.answers import ErrorResponse, Skipped
+from service.batcher import DeadlineExceededError
+from service.collaborators import Collaborators, collaborators_of
+from service.engines.protocol import EngineUnavailableError
+from service.errors import ClientGoneError
+from service.questions import Question
+from service.schemas import OnUnknown
+from service.scoring import Answer, Timings, score
+
+T = TypeVar("T")
+
+TimeoutHeader = Annotated[
+    int | None,
+    Header(
+        alias="X-Request-Timeout-Ms",
+        ge=1,
+        le=600_000,
+        description="Milliseconds until the answer is of no use; then the work is dropped and 504 returned.",
+    ),
+]
+
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "The body is not JSON."},
+    413: {"model": ErrorResponse, "description": "The body is too long."},
+    415: {"model": ErrorResponse, "description": "The body is not declared as plain JSON."},
+    422: {"model": ErrorResponse, "description": "The body says something that cannot be scored; `field` says where."},
+    429: {"model": ErrorResponse, "description": "Too much work is waiting.", "headers": _RETRY_AFTER},
+    503: {"model": ErrorResponse, "description": "The engine is not ready, or failed.", "headers": _RETRY_AFTER},
+    504: {"model": ErrorResponse, "description": "The deadline passed."},
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scored request: the answers, and what every response tells."""
+
+    answers: list[Answer]
+    skipped: list[Skipped]
+    request_id: str
+    bundle_id: str
+    seconds: dict[str, float]
+
+    def common(self) -> dict[str, Any]:
+        """Return the fields that both responses have."""
+        return {
+            "request_id": self.request_id,
+            "bundle_id": self.bundle_id,
+            "skipped": self.skipped,
+            "timings_ms": {leg: round(1000 * seconds, 3) for leg, seconds in self.seconds.items()},
+        }
+
+
+async def score_for(
+    request: Request, questions: Sequence[Question], on_unknown: OnUnknown, timeout_ms: int | None
+) -> Scored:
+    """Score a request's questions within its deadline, as long as its client waits.
+
+    Raises:
+        ClientGoneError: nobody waits for the answer.
+        Others: as `service.scoring.score`.
+    """
+    service = collaborators_of(request)
+    timeout_s = (timeout_ms or service.settings.default_timeout_ms) / 1000
+    timings = Timings()
+    with service.current.take() as handle:
+        health = handle.engine.health()
+        if not health.ready:
+            raise EngineUnavailableError(f"the engine is {health.state}: {health.detail}")
+        try:
+            async with asyncio.timeout(timeout_s):
+                deadline = time.monotonic() + timeout_s
+                work = score(questions, handle, on_unknown, deadline, timings)
+                answers, skipped = await _while_connected(request, work)
+        except TimeoutError as error:
+            raise DeadlineExceededError(f"not scored within {timeout_s:g} s") from error
+        scored = Scored(answers, skipped, request.state.request_id, handle.bundle_id, timings.finish())
+        _record(service, request, questions, scored)
+        return scored
+
+
+def answer_with(body: BaseModel, scored: Scored) -> Response:
+    """Return a response with its timings in the header too. Serialized here, once: it is already validated."""
+    timing = ", ".join(f"{leg};dur={1000 * seconds:.3f}" for leg, seconds in scored.seconds.items())
+    return Response(body.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await work, but give it up when the client closes the connection."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return await task
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        # Leaving the queue is part of ending: wait for it.
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _record(service: Collaborators, request: Request, questions: Sequence[Question], scored: Scored) -> None:
+    """Count and log a score: the one place where either happens."""
+    items = [item for answer in scored.answers for item in answer.items if item is not None]
+    asked = sum(len(question.candidates) for question in questions)
+    cold_users = {answer.user_id for answer in scored.answers if answer.cold_user}
+    cold_items = sum(item.cold_item for item in items)
+    unknown_items = sum(item.unknown_item for item in items)
+    route: str = request.scope["route"].path
+    service.metrics.scored(route, asked, scored.seconds)
+    service.metrics.cold(len(cold_users), cold_items, unknown_items)
+    service.log.info(
+        "scored",
+        request_id=scored.request_id,
+        bundle_id=scored.bundle_id,
+        route=route,
+        candidates=asked,
+        skipped=len(scored.skipped),
+        cold_users=len(cold_users),
+        cold_items=cold_items,
+        unknown_items=unknown_items,
+        history_dropped=sum(answer.history.dropped for answer in scored.answers),
+        **scored.common()["timings_ms"],
+    )

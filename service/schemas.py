@@ -1,0 +1,154 @@
+"""The bodies of requests. What a body may hold is decided here; how much of it, by the settings."""
+
+import unicodedata
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StrictInt,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from models.ids import MAX_ID_LENGTH, canonical_id
+
+# C0 and C1 controls, surrogates, line and paragraph separators: a title is one printable line.
+_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+def _id(value: object) -> str:
+    # The type first: an error message must not spell out a megabyte of nested lists.
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise PydanticCustomError(
+            "id_type", "an id is a string or an integer; this is a {kind}", {"kind": _kind(value)}
+        )
+    return canonical_id(value)
+
+
+def _printable_line(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("title_blank", "a title is blank; leave it out or give its text")
+    for place, character in enumerate(value):
+        if unicodedata.category(character) in _REFUSED_CATEGORIES:
+            raise PydanticCustomError(
+                "title_character",
+                "a title holds U+{code} at position {place}; remove control characters and line breaks",
+                {"code": f"{ord(character):04X}", "place": place},
+            )
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {bool: "boolean", float: "fraction", list: "list", dict: "object", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+_ID_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH}, {"type": "integer"}],
+    "description": 'String or integer; 7 and "7" are the same id, "007" is another.',
+}
+
+Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
+Title = Annotated[str, AfterValidator(_printable_line)]
+OnUnknown = Literal["error", "skip"]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ItemRef(_Body):
+    """An item as a client names it: its id alone, or with a title in case the bundle does not know it."""
+
+    item_id: Id
+    title: Title | None = Field(
+        default=None, description="Used for items outside the catalogue; for others the catalogue's title stands."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bare_id(cls, value: object) -> object:
+        if isinstance(value, (str, int)) and not isinstance(value, bool):
+            return {"item_id": value}
+        if not isinstance(value, (dict, ItemRef)):
+            raise PydanticCustomError(
+                "item_type", "give an item id or {{item_id, title?}}; this is a {kind}", {"kind": _kind(value)}
+            )
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core))
+        whole = dict(schema)
+        schema.clear()
+        schema.update(title="ItemRef", description=cls.__doc__, anyOf=[*_ID_SCHEMA["anyOf"], whole])
+        return schema
+
+
+_HISTORY = Field(
+    default=None,
+    description="All liked items that the client knows of, oldest first, not only the last few: where the prompt's"
+    " window begins depends on their number. Absent or null: the history stored in the bundle. An empty list: none.",
+)
+
+
+class Pair(_Body):
+    """A user and the one item to score for them."""
+
+    user_id: Id
+    item_id: Id
+    history: list[ItemRef] | None = _HISTORY
+    title: Title | None = Field(default=None, description="The item's title, in case the bundle does not know it.")
+
+
+class ScoreRequest(_Body):
+    """Pairs to score, each for itself."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "pairs": [
+                        {"user_id": "u1", "item_id": "i7"},
+                        {"user_id": 42, "item_id": "i8", "history": ["i1", "i2"]},
+                    ]
+                }
+            ]
+        }
+    )
+
+    pairs: list[Pair] = Field(min_length=1)
+    on_unknown: OnUnknown = Field(
+        default="error", description="What to do with an item that is not in the catalogue and has no title."
+    )
+
+
+class RankRequest(_Body):
+    """Candidates to rank for one user."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "user_id": "u1",
+                    "candidates": ["i7", 8, {"item_id": "new-1", "title": "A title nobody has seen"}],
+                    "top_k": 10,
+                }
+            ]
+        }
+    )
+
+    user_id: Id
+    candidates: list[ItemRef] = Field(min_length=1, description="Each item once.")
+    history: list[ItemRef] | None = _HISTORY
+    top_k: StrictInt | None = Field(default=None, ge=1, description="How many results to return; all if absent.")
+    on_unknown: OnUnknown = Field(
+        default="error", description="What to do with an item that is not in the catalogue and has no title."
+    )

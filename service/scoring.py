@@ -1,0 +1,207 @@
+"""A request's way: look up, assemble, batch, forward, calibrate.
+
+Shapes: K candidates of a group, N titles, D = d_L.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from models.assembly import AssembledUser, Assembler, ScoringGroup
+from models.features import Floats, ItemFeatures, UserFeatures
+from service.answers import HistoryReport, ScoredItem, Skipped
+from service.batcher import Waited
+from service.current import BundleHandle
+from service.questions import PromptItem, Question, Resolved, query, resolve
+from service.schemas import OnUnknown
+
+# Below this many titles, assembling takes less than a switch to a thread and back may.
+SMALL_ASSEMBLY = 32
+
+T = TypeVar("T")
+
+
+@dataclass
+class Timings:
+    """Seconds of each leg of one request."""
+
+    started: float = field(default_factory=time.monotonic)
+    legs: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("lookup", "assemble", "queue", "forward"), 0.0)
+    )
+
+    @contextmanager
+    def leg(self, name: str) -> Iterator[None]:
+        """Add what happens inside to a leg."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.legs[name] += time.monotonic() - started
+
+    def add(self, waited: Waited) -> None:
+        """Add what one pass through the batcher took."""
+        self.legs["queue"] += waited.queue_s
+        self.legs["forward"] += waited.forward_s
+
+    def finish(self) -> dict[str, float]:
+        """Return every leg and the total."""
+        return {**self.legs, "total": time.monotonic() - self.started}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question's scores; None stands for a candidate that was skipped."""
+
+    user_id: str
+    cold_user: bool
+    history: HistoryReport
+    items: tuple[ScoredItem | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A resolved question, assembled; `group` is None if every candidate was skipped."""
+
+    resolved: Resolved
+    user: AssembledUser
+    group: ScoringGroup | None
+    titles_cut: tuple[int, ...]  # of each candidate in the group
+
+
+async def score(
+    questions: Sequence[Question], handle: BundleHandle, on_unknown: OnUnknown, deadline: float, timings: Timings
+) -> tuple[list[Answer], list[Skipped]]:
+    """Score every candidate of every question with one bundle; `deadline` is `time.monotonic()` seconds.
+
+    Raises:
+        UnknownItemError: an item is not in the catalogue and has no title.
+        QueueFullError, DeadlineExceededError, EngineError: no score, and no fault of the request.
+    """
+    template = handle.assembler.template
+    with timings.leg("lookup"):
+        found = await handle.store.look_up(handle.bundle_id, query(questions, template))
+    resolved, skipped = resolve(questions, found, template, on_unknown)
+    resolved = await _distil_unknown(resolved, handle, deadline, timings)
+    with timings.leg("assemble"):
+        prompts = await _assemble(resolved, found.users, handle.assembler)
+    raw = await _compute([one.group for one in prompts if one.group is not None], handle, deadline, timings)
+    return _answers(prompts, raw, handle), skipped
+
+
+async def _distil_unknown(
+    resolved: Sequence[Resolved], handle: BundleHandle, deadline: float, timings: Timings
+) -> list[Resolved]:
+    """Give every item from outside the catalogue the vectors that its title distils to."""
+    template = handle.assembler.template
+    unknown = [
+        item.asked
+        for one in resolved
+        for item in (*one.window, *one.candidates)
+        if item is not None and item.features is None
+    ]
+    titles = list(dict.fromkeys(asked.title for asked in unknown if asked.title is not None))
+    if not titles:
+        return list(resolved)
+    with timings.leg("assemble"):
+        prompts = await _off_the_loop_if_large(
+            len(titles), lambda: [template.distil(handle.assembler.title(title)) for title in titles]
+        )
+    vectors_ND, waited = await handle.batcher.distil(prompts, deadline)
+    timings.add(waited)
+    semantic = dict(zip(titles, vectors_ND, strict=True))
+
+    def filled(item: PromptItem) -> PromptItem:
+        title = item.asked.title
+        if item.features is not None or title is None:
+            return item
+        return replace(item, features=handle.tables.unseen_item(item.asked.item_id, title, semantic[title]))
+
+    return [
+        replace(
+            one,
+            window=tuple(filled(item) for item in one.window),
+            candidates=tuple(None if item is None else filled(item) for item in one.candidates),
+        )
+        for one in resolved
+    ]
+
+
+async def _assemble(
+    resolved: Sequence[Resolved], users: Mapping[str, UserFeatures], assembler: Assembler
+) -> list[_Prompt]:
+    titles = sum(len(one.window) + len(one.candidates) for one in resolved)
+    return await _off_the_loop_if_large(
+        titles, lambda: [_assemble_one(one, users.get(one.question.user_id), assembler) for one in resolved]
+    )
+
+
+def _assemble_one(resolved: Resolved, known: UserFeatures | None, assembler: Assembler) -> _Prompt:
+    user = assembler.user(known, [_features(item) for item in resolved.window], resolved.total)
+    items = [_features(item) for item in resolved.candidates if item is not None]
+    return _Prompt(
+        resolved=resolved,
+        user=user,
+        group=assembler.group(user, items) if items else None,
+        titles_cut=tuple(assembler.title(item.title).cut for item in items),
+    )
+
+
+def _features(item: PromptItem) -> ItemFeatures:
+    assert item.features is not None, "unknown items are distilled before they are assembled"
+    return item.features
+
+
+async def _compute(
+    groups: Sequence[ScoringGroup], handle: BundleHandle, deadline: float, timings: Timings
+) -> list[Floats]:
+    if not groups:
+        return []
+    raw, waited = await handle.batcher.score(groups, deadline)
+    timings.add(waited)
+    return raw
+
+
+def _answers(prompts: Sequence[_Prompt], raw: Sequence[Floats], handle: BundleHandle) -> list[Answer]:
+    """Calibrate, and put every score in its candidate's place."""
+    groups = iter(raw)
+    return [_answer(prompt, next(groups) if prompt.group is not None else None, handle) for prompt in prompts]
+
+
+def _answer(prompt: _Prompt, raw_K: Floats | None, handle: BundleHandle) -> Answer:
+    scores: Iterator[tuple[float, float, int]] = iter(())
+    if raw_K is not None:
+        calibrated_K = handle.calibration(raw_K)
+        scores = zip(raw_K.tolist(), calibrated_K.tolist(), prompt.titles_cut, strict=True)
+    resolved, user = prompt.resolved, prompt.user
+    items = tuple(None if item is None else _scored(item, resolved, *next(scores)) for item in resolved.candidates)
+    history = HistoryReport(
+        source=resolved.source,
+        given=user.history.given,
+        used=user.history.used,
+        dropped=user.history.dropped,
+        titles_cut=user.titles_cut,
+        titles_ignored=sum(item.title_ignored for item in resolved.window),
+    )
+    return Answer(resolved.question.user_id, user.cold, history, items)
+
+
+def _scored(item: PromptItem, resolved: Resolved, raw: float, calibrated: float, title_cut: int) -> ScoredItem:
+    features = _features(item)
+    return ScoredItem(
+        item_id=item.asked.item_id,
+        score=calibrated,
+        raw_score=raw,
+        cold_item=not features.trained,
+        unknown_item=not item.in_catalogue,
+        in_history=item.asked.item_id in resolved.history_ids,
+        title_ignored=item.title_ignored,
+        title_tokens_cut=title_cut,
+    )
+
+
+async def _off_the_loop_if_large(titles: int, work: Callable[[], T]) -> T:
+    return work() if titles <= SMALL_ASSEMBLY else await asyncio.to_thread(work)

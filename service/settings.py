@@ -1,0 +1,118 @@
+"""Every setting of the service. The environment is read here and nowhere else."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "SELLA_"
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; one line a problem, each with the setting's name."""
+
+
+class Settings(BaseSettings):
+    """What the service depends on, frozen. Each field is also an environment variable, `SELLA_` and its name."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX)
+
+    bundle: Path = Field(description="The bundle's folder. No default: there is nothing to serve without one.")
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to listen on. Loopback, because the routes ask for no key; open it behind a proxy.",
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Where the language model runs. auto: the first GPU if there is one, else the CPU.",
+    )
+    engine_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of the engine. Unset leaves it to torch, which takes one for each physical core.",
+    )
+    batch_tokens: int = Field(
+        default=2048,
+        ge=64,
+        description="Bound of one batch. The packed mask grows with its square; a hundred candidates of ML-1M fit.",
+    )
+    batch_wait_ms: float = Field(
+        default=2.0,
+        ge=0,
+        le=100,
+        description="How long a batch that is not full waits for company, only while the engine is busy anyway.",
+    )
+    batches_in_flight: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="Batches handed to the engine at once. Two: one computes while the next crosses to the worker.",
+    )
+    queue_tokens: int = Field(
+        default=32768,
+        ge=64,
+        description="Tokens that may wait, sixteen full batches; more are refused at once. An empty queue takes any"
+        " one request.",
+    )
+    default_timeout_ms: int = Field(
+        default=30_000,
+        ge=1,
+        le=600_000,
+        description="Deadline of a request that names none. Generous, because a CPU needs seconds for a long list.",
+    )
+    forward_limit_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A batch that takes longer is taken for hung, and the worker is killed. Twice the default deadline:"
+        " nobody waits for such a batch any more. Raise it for a large model on a CPU.",
+    )
+    load_limit_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="A worker that is not ready by then is killed. Long, because a backbone may have to be downloaded.",
+    )
+    drain_s: float = Field(
+        default=30.0,
+        ge=0,
+        description="How long running requests may finish after SIGTERM; the default deadline, so that none is cut.",
+    )
+    max_pairs: int = Field(default=1000, ge=1, description="Pairs of one /score request.")
+    max_candidates: int = Field(default=1000, ge=1, description="Candidates of one /rank request.")
+    max_history: int = Field(
+        default=1000,
+        ge=0,
+        description="Entries of one history. Far over the prompt's window: clients may send all they know.",
+    )
+    max_title: int = Field(
+        default=512, ge=1, description="Characters of one title; about four times what the prompt's title cap keeps."
+    )
+    max_body: int = Field(
+        default=1_048_576, ge=1024, description="Bytes of one body; 1,000 candidates with long titles fit in it."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="info logs one line a scored request, without titles or user ids."
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="auto: readable lines on a terminal, JSON lines anywhere else."
+    )
+
+
+def load_settings(**given: object) -> Settings:
+    """Read the settings; what is `given` (and not None) goes before the environment.
+
+    Raises:
+        SettingsError: a value out of range, or a `SELLA_` variable that is no setting.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    if unknown:
+        raise SettingsError(f"{unknown[0]}: no such setting; remove it, or see docs/operations.md for their names")
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [f"{PREFIX}{'_'.join(map(str, one['loc'])).upper()}: {one['msg']}" for one in error.errors()]
+        raise SettingsError("\n".join(lines)) from error

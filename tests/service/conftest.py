@@ -1,0 +1,85 @@
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import structlog
+import torch
+
+from models.loading import Bundle
+from models.scoring_model import ScoringModel
+from service.app import create_app
+from service.batcher import Batcher, BatchLimits
+from service.collaborators import Collaborators
+from service.current import BundleHandle, CurrentBundle
+from service.engines.protocol import Engine
+from service.features.embedded import EmbeddedStore
+from service.metrics import Metrics
+from service.settings import Settings
+from tests.service.echo import EchoEngine
+from tests.tiny import tiny_bundle
+
+torch.set_num_threads(1)
+
+Serve = Callable[..., httpx.AsyncClient]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def model(bundle: Bundle) -> ScoringModel:
+    return bundle.model()
+
+
+def collaborators(bundle: Bundle, engine: Engine, **settings: object) -> Collaborators:
+    """The application's collaborators around any engine, with the bundle's own tables."""
+    chosen = Settings(bundle=bundle.folder, **settings)  # type: ignore[arg-type]
+    metrics = Metrics()
+    tables = bundle.tables()
+    limits = BatchLimits(
+        chosen.queue_tokens, chosen.batch_tokens, chosen.batch_wait_ms / 1000, chosen.batches_in_flight
+    )
+    handle = BundleHandle(
+        bundle_id=bundle.id,
+        tables=tables,
+        store=EmbeddedStore(bundle.id, tables),
+        assembler=bundle.assembler(bundle.encoder(), tables),
+        calibration=bundle.calibration(),
+        engine=engine,
+        batcher=Batcher(engine, limits, on_queue=metrics.queued),
+    )
+    return Collaborators(chosen, CurrentBundle(handle), metrics, structlog.get_logger())
+
+
+def client_of(service: Collaborators) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(create_app(service))
+    return httpx.AsyncClient(transport=transport, base_url="http://sella")
+
+
+@pytest.fixture
+def echo() -> EchoEngine:
+    return EchoEngine()
+
+
+@pytest.fixture
+def service(bundle: Bundle, echo: EchoEngine) -> Collaborators:
+    return collaborators(bundle, echo)
+
+
+@pytest.fixture
+async def client(service: Collaborators) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(service) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return Path(__file__).parents[2]

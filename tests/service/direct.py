@@ -1,0 +1,30 @@
+"""An engine that computes with the real model, in this process."""
+
+from collections.abc import Sequence
+
+from service.engines.packed import PackedModel
+from service.engines.protocol import DistilJob, EngineHealth, EngineState, Outcome, ScoreJob
+
+
+class DirectEngine:
+    """An `Engine` around a `PackedModel`."""
+
+    def __init__(self, model: PackedModel) -> None:
+        self._model = model
+
+    async def start(self) -> None: ...
+
+    async def ready(self) -> None: ...
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
+        return list(self._model.score([job.group for job in jobs]))
+
+    async def distil(self, jobs: Sequence[DistilJob]) -> list[Outcome]:
+        return list(self._model.distil([job.prompts for job in jobs]))
+
+    def cancel(self, job_ids: Sequence[int]) -> None: ...
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(EngineState.READY, "direct")
+
+    async def close(self) -> None: ...

@@ -1,0 +1,70 @@
+"""An engine without torch: deterministic scores, a gate to hold batches, and a record of what it was asked."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from models.assembly import ScoringGroup
+from models.features import Floats
+from service.engines.protocol import (
+    DistilJob,
+    EngineError,
+    EngineHealth,
+    EngineState,
+    Job,
+    Outcome,
+    ScoreJob,
+)
+from tests.tiny import D_MODEL
+
+
+def echo_scores(group: ScoringGroup) -> Floats:
+    """Scores that depend on the user and on each candidate, and on nothing else."""
+    logits_K = group.item_KC.sum(-1) + group.semantic_KD.sum(-1) / 4 + group.user_1C.sum()
+    scores: Floats = (1 / (1 + np.exp(-logits_K))).astype(np.float32)
+    return scores
+
+
+class EchoEngine:
+    """An `Engine` that computes at once, or when `gate` is opened."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.state = EngineState.READY
+        self.batches: list[tuple[Job, ...]] = []
+        self.cancelled: list[int] = []
+        self.error: Exception | None = None
+        self.poisoned: dict[int, EngineError] = {}  # by job id
+        self.closed = False
+
+    async def start(self) -> None: ...
+
+    async def ready(self) -> None: ...
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
+        await self._take(jobs)
+        return [self.poisoned.get(job.id, echo_scores(job.group)) for job in jobs]
+
+    async def distil(self, jobs: Sequence[DistilJob]) -> list[Outcome]:
+        await self._take(jobs)
+        return [
+            np.stack([np.resize(np.array(prompt.token_ids, np.float32) / 400, D_MODEL) for prompt in job.prompts])
+            for job in jobs
+        ]
+
+    def cancel(self, job_ids: Sequence[int]) -> None:
+        self.cancelled.extend(job_ids)
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(self.state, "echo")
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def _take(self, jobs: Sequence[Job]) -> None:
+        self.batches.append(tuple(jobs))
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error

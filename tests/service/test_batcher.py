@@ -1,0 +1,232 @@
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.assembly import ScoringGroup
+from models.packed import Branch, Pack
+from models.template import Segment
+from service.batcher import Batcher, BatchLimits, DeadlineExceededError, QueueFullError
+from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, ScoreJob
+from tests.service.echo import EchoEngine, echo_scores
+
+pytestmark = pytest.mark.anyio
+
+LIMITS = BatchLimits(queue_tokens=1000, batch_tokens=100, wait_s=0.0, in_flight=1)
+
+
+def group(candidates: int = 1, *, trunk: int = 10, own: int = 5, seed: int = 0) -> ScoringGroup:
+    rng = np.random.default_rng(seed)
+    branches = tuple(Branch(trunk, Segment((1,) * own)) for _ in range(candidates))
+    return ScoringGroup(
+        Pack(Segment((0,) * trunk), branches),
+        rng.normal(size=(1, 4)).astype(np.float32),
+        rng.normal(size=(candidates, 4)).astype(np.float32),
+        rng.normal(size=(candidates, 6)).astype(np.float32),
+    )
+
+
+def later(seconds: float = 60.0) -> float:
+    return time.monotonic() + seconds
+
+
+class Queue:
+    """A batcher with its gauge."""
+
+    def __init__(self, engine: EchoEngine, limits: BatchLimits = LIMITS) -> None:
+        self.gauge = 0
+        self.batcher = Batcher(engine, limits, on_queue=self._count)
+
+    def _count(self, tokens: int) -> None:
+        self.gauge += tokens
+
+    def score(self, *groups: ScoringGroup, deadline: float | None = None) -> asyncio.Task[Any]:
+        return asyncio.create_task(self.batcher.score(groups, deadline or later()))
+
+
+async def turns(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_long_group_is_cut_to_batches_and_put_together_again(echo: EchoEngine) -> None:
+    long = group(40)
+    queue = Queue(echo)
+    [scores], _ = await queue.score(long)
+    np.testing.assert_array_equal(scores, echo_scores(long))
+    assert len(echo.batches) == 3
+    jobs = [job for batch in echo.batches for job in batch if isinstance(job, ScoreJob)]
+    assert all(job.group.pack.tokens <= LIMITS.batch_tokens for job in jobs)
+    assert queue.gauge == 0
+
+
+@given(shapes=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_every_request_gets_its_own_scores_whatever_its_neighbours(shapes: list[list[int]]) -> None:
+    async def run() -> None:
+        engine = EchoEngine()
+        queue = Queue(engine, BatchLimits(queue_tokens=10**6, batch_tokens=100, wait_s=0.001, in_flight=2))
+        requests = [[group(size, seed=31 * i + j) for j, size in enumerate(sizes)] for i, sizes in enumerate(shapes)]
+        answers = await asyncio.gather(*(queue.score(*groups) for groups in requests))
+        for groups, (scores, _) in zip(requests, answers, strict=True):
+            for one, got in zip(groups, scores, strict=True):
+                np.testing.assert_array_equal(got, echo_scores(one))
+        for batch in engine.batches:
+            tokens = sum(job.group.pack.tokens for job in batch if isinstance(job, ScoreJob))
+            assert len(batch) == 1 or tokens <= 100
+        assert queue.gauge == queue.batcher.waiting_tokens == 0
+
+    asyncio.run(run())
+
+
+async def test_a_full_queue_refuses_at_once_and_admits_again_later(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    running = queue.score(group(18))
+    await turns()
+    waiting = [queue.score(group(18)) for _ in range(10)]
+    await turns()
+    assert queue.gauge == 1000
+    with pytest.raises(QueueFullError):
+        await queue.score(group())
+    echo.gate.set()
+    await asyncio.gather(running, *waiting)
+    await queue.score(group())
+    assert queue.gauge == 0
+
+
+async def test_an_empty_queue_takes_a_request_over_its_bound(echo: EchoEngine) -> None:
+    [scores], _ = await Queue(echo).score(group(300))
+    assert len(scores) == 300
+
+
+async def test_a_cancelled_request_never_reaches_the_engine(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    first = queue.score(group(seed=1))
+    await turns()
+    gone, kept = queue.score(group(seed=2)), queue.score(group(seed=3))
+    await turns()
+    gone.cancel()
+    echo.gate.set()
+    await first
+    [scores], _ = await kept
+    np.testing.assert_array_equal(scores, echo_scores(group(seed=3)))
+    assert [len(batch) for batch in echo.batches] == [1, 1]
+    assert echo.cancelled == []
+    assert queue.gauge == 0
+
+
+async def test_a_cancelled_request_at_the_engine_is_cancelled_there(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    gone = queue.score(group())
+    await turns()
+    gone.cancel()
+    await turns()
+    [[job]] = echo.batches
+    assert echo.cancelled == [job.id]
+    echo.gate.set()
+
+
+async def test_an_expired_request_never_reaches_the_engine(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    first = queue.score(group())
+    await turns()
+    late = queue.score(group(), deadline=later(0.01))
+    await asyncio.sleep(0.02)
+    echo.gate.set()
+    await first
+    with pytest.raises(DeadlineExceededError):
+        await late
+    assert len(echo.batches) == 1
+    assert queue.gauge == 0
+
+
+async def test_an_idle_engine_is_never_waited_for(echo: EchoEngine) -> None:
+    queue = Queue(echo, BatchLimits(1000, 100, wait_s=30.0, in_flight=2))
+    _, waited = await queue.score(group())
+    assert waited.queue_s < 1
+
+
+async def test_a_small_batch_waits_for_company_only_while_the_engine_is_busy(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo, BatchLimits(1000, 100, wait_s=0.05, in_flight=2))
+    requests = [queue.score(group())]
+    await turns()
+    requests.append(queue.score(group()))
+    await turns()
+    requests.append(queue.score(group()))
+    await turns()
+    assert [len(batch) for batch in echo.batches] == [1]
+    await asyncio.sleep(0.1)
+    assert [len(batch) for batch in echo.batches] == [1, 2]
+    echo.gate.set()
+    await asyncio.gather(*requests)
+
+
+async def test_a_full_batch_does_not_wait(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo, BatchLimits(1000, 100, wait_s=30.0, in_flight=2))
+    requests = [queue.score(group()), queue.score(group(18))]
+    await turns()
+    assert len(echo.batches) == 2
+    echo.gate.set()
+    await asyncio.gather(*requests)
+
+
+async def test_one_failed_job_spares_its_batch_neighbours(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    first = queue.score(group())
+    await turns()
+    bad, good = queue.score(group()), queue.score(group(seed=4))
+    await turns()
+    echo.poisoned[1] = JobFailedError("not finite")
+    echo.gate.set()
+    await first
+    with pytest.raises(JobFailedError):
+        await bad
+    [scores], _ = await good
+    np.testing.assert_array_equal(scores, echo_scores(group(seed=4)))
+    assert [len(batch) for batch in echo.batches] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(EngineUnavailableError("gone"), EngineUnavailableError), (OSError("odd"), JobFailedError)]
+)
+async def test_an_engine_that_fails_fails_the_request_and_nothing_hangs(
+    echo: EchoEngine, error: Exception, seen: type[Exception]
+) -> None:
+    echo.error = error
+    queue = Queue(echo)
+    for _ in range(3):
+        with pytest.raises(seen):
+            await queue.score(group(), group())
+    assert queue.gauge == 0
+
+
+async def test_titles_and_groups_never_share_a_batch(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    first = queue.score(group())
+    await turns()
+    prompts = [Segment((7,) * 30) for _ in range(5)]
+    distilled = asyncio.create_task(queue.batcher.distil(prompts, later()))
+    second = queue.score(group())
+    await turns()
+    echo.gate.set()
+    vectors, _ = await distilled
+    await asyncio.gather(first, second)
+    assert len(vectors) == 5
+    assert [{type(job) for job in batch} for batch in echo.batches] == [
+        {ScoreJob},
+        {DistilJob},
+        {DistilJob},
+        {ScoreJob},
+    ]

@@ -1,0 +1,167 @@
+"""`python -m service.cli run` as a process: real HTTP, real signals, real deaths."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from models.loading import Bundle
+from service.cli import _listen
+from service.settings import Settings
+from tests.service.test_supervised import alive
+
+BODY = {"user_id": "u0", "candidates": ["i1", {"item_id": "new", "title": "Brand new"}, "i39"]}
+
+
+class Server:
+    """A started server and what it has said."""
+
+    def __init__(self, root: Path, bundle: Path, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli", "run", "--bundle", str(bundle), "--port", "0"],
+            cwd=root,
+            env={**os.environ, "PYTHONWARNINGS": "error", "SELLA_ENGINE_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self.first_line = self.process.stdout.readline()
+        self.log: list[str] = []
+        self._drain = threading.Thread(target=self.log.extend, args=(self.process.stderr,))
+        self._drain.start()
+        found = re.search(r"on (http://127\.0\.0\.1:\d+) ", self.first_line)
+        self.url = found[1] if found else ""
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+    def end(self, stop: signal.Signals) -> int:
+        self.process.send_signal(stop)
+        status = self.process.wait(60)
+        self._drain.join(10)
+        return status
+
+    def wait_until_loaded(self, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not any('"engine_ready"' in line for line in self.log):
+            assert self.process.poll() is None and time.monotonic() < end, (self.process.poll(), self.log)
+            time.sleep(0.02)
+
+    def worker_pid(self) -> int:
+        [line] = [json.loads(line) for line in self.log if '"engine_ready"' in line][-1:]
+        return int(line["worker_pid"])
+
+    def clean_up(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._drain.join(10)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def server(root: Path, bundle: Bundle) -> Iterator[Server]:
+    server = Server(root, bundle.folder)
+    yield server
+    server.clean_up()
+
+
+def test_a_server_lives_loses_its_worker_recovers_and_ends_with_0(server: Server) -> None:
+    with server.client() as client:
+        # It listens at once; the model is not there yet.
+        assert client.get("/livez").status_code == 200
+        assert client.get("/readyz").status_code == 503
+        early = client.post("/rank", json=BODY)
+        assert (early.status_code, early.json()["error"]["code"]) == (503, "not_ready")
+        assert early.headers["retry-after"]
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        before = client.post("/rank", json=BODY).json()["results"]
+        assert len(before) == 3
+
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        wait_for(lambda: client.post("/rank", json=BODY).status_code == 503, 5)
+        ready = client.get("/readyz")
+        assert (ready.status_code, ready.json()["engine"]["state"]) == (503, "restarting")
+        wait_for(lambda: client.get("/readyz").json()["engine"]["restarts"] == 1, 5)
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        after = client.post("/rank", json=BODY).json()["results"]
+        assert [one["item_id"] for one in after] == [one["item_id"] for one in before]
+        assert after[0]["raw_score"] == pytest.approx(before[0]["raw_score"], abs=1e-6)
+        text = client.get("/metrics").text
+        assert "sella_engine_restarts_total 1.0" in text
+        assert "sella_queue_tokens 0.0" in text
+
+        # A body that is longer than allowed is refused on a real connection too.
+        long = client.post("/rank", content=b" " * 1_100_000, headers={"content-type": "application/json"})
+        assert long.status_code == 413
+
+    # A request that runs when SIGTERM comes is answered; then the process ends with 0 and leaves no worker.
+    worker = server.worker_pid()
+    os.kill(worker, signal.SIGSTOP)
+    answers: list[int] = []
+
+    def ask() -> None:
+        with server.client() as client:
+            answers.append(client.post("/rank", json=BODY).status_code)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(worker, signal.SIGCONT)
+    asking.join(30)
+    assert server.process.wait(60) == 0
+    assert answers == [200]
+    wait_for(lambda: not alive(worker), 5)
+    events = [json.loads(line)["event"] for line in server.log]
+    assert events[0] == "starting" and "engine_lost" in events and events.count("engine_ready") == 2
+
+
+def test_a_killed_server_leaves_no_worker(server: Server) -> None:
+    server.wait_until_loaded()
+    worker = server.worker_pid()
+    assert alive(worker)
+    server.end(signal.SIGKILL)
+    wait_for(lambda: not alive(worker), 5)
+
+
+def test_a_corrupt_bundle_is_one_line_that_names_the_file(root: Path, bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, folder)
+    path = folder / "projection.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    command = [sys.executable, "-m", "service.cli", "run", "--bundle", str(folder), "--port", "0"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"sella-serve: {path}: altered since it was written (sha256 differs)\n"
+
+
+def test_a_taken_port_is_one_line(bundle: Bundle) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+            _listen(Settings(bundle=bundle.folder, port=port))

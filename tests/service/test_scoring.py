@@ -1,0 +1,222 @@
+"""The service's score, over HTTP with the real model, is `models.scorer.score` of the same prompt."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from models.assembly import history_window
+from models.features import ItemFeatures, Tables
+from models.loading import Bundle
+from models.scorer import score
+from models.scoring_model import ScoringModel
+from models.template import PromptKind, SlotKind
+from service.engines.packed import PackedModel
+from tests.service.conftest import client_of, collaborators
+from tests.service.direct import DirectEngine
+from tests.tiny import D_COLLAB
+
+pytestmark = pytest.mark.anyio
+
+NEW = {"item_id": "new", "title": 'A "title", nobody has seen — <User_ID> 夜'}
+
+
+@pytest.fixture
+async def scorer(bundle: Bundle, model: ScoringModel) -> AsyncIterator[httpx.AsyncClient]:
+    engine = DirectEngine(PackedModel(bundle, model, batch_tokens=600))
+    async with client_of(collaborators(bundle, engine, batch_tokens=600)) as client:
+        yield client
+
+
+class Reference:
+    """One pair's score by the reference, its prompt and vectors put together here."""
+
+    def __init__(self, bundle: Bundle, model: ScoringModel) -> None:
+        self.tables: Tables = bundle.tables()
+        self.assembler = bundle.assembler(bundle.encoder(), self.tables)
+        self.template = self.assembler.template
+        self.model = model
+
+    def item(self, one: str | dict[str, str]) -> ItemFeatures:
+        item_id, title = (one, "") if isinstance(one, str) else (one["item_id"], one["title"])
+        known = self.tables.item(item_id)
+        if known is not None:
+            return known
+        prompt = self.template.distil(self.template.titles([title])[0])
+        return self.tables.unseen_item(item_id, title, self.model.distil([prompt])[0])
+
+    def raw(self, user_id: str, one: str | dict[str, str], history: Sequence[str | dict[str, str]] | None) -> float:
+        user, item = self.tables.user(user_id), self.item(one)
+        if history is None:
+            stored = user.history if user else ()
+            window = [self.item(i) for i in history_window(stored, user.history_total if user else 0, self.template)]
+        else:
+            kept = history_window([str(i) for i in range(len(history))], len(history), self.template)
+            window = [self.item(history[int(i)]) for i in kept]
+        kind = PromptKind.PROJECT
+        titles = self.template.titles([liked.title for liked in window])
+        titles, shown = titles[self.template.first_kept(titles) :], window[self.template.first_kept(titles) :]
+        prompt = (
+            self.template.instruction(kind)
+            + self.template.user_segment(kind, titles)
+            + self.template.candidate(kind, self.template.titles([item.title])[0])
+        )
+        trained = user is not None and user.vector_C is not None
+        folded = self.tables.prior.fold_in(np.array([liked.fold_C for liked in shown]).reshape(-1, D_COLLAB))
+        vectors = {
+            SlotKind.USER: user.vector_C if trained and user is not None and user.vector_C is not None else folded,
+            SlotKind.ITEM: item.collab_C,
+            SlotKind.WARM: item.semantic_D,
+        }
+        tensors = {kind: torch.from_numpy(np.array(vector)) for kind, vector in vectors.items()}
+        return score(self.model.backbone, prompt, self.model.projections, tensors)
+
+
+@pytest.fixture(scope="module")
+def reference(bundle: Bundle, model: ScoringModel) -> Reference:
+    return Reference(bundle, model)
+
+
+async def rank(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
+    response = await client.post("/rank", json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+CASES: list[tuple[str, str | dict[str, str], list[Any] | None]] = [
+    ("u0", "i1", None),  # a warm user whose stored history is longer than the window
+    ("u1", "i2", None),
+    ("u18", "i3", None),  # a user without training data, folded in from the stored history
+    ("u19", "i3", None),  # nor a history
+    ("nobody", "i4", ["i1", "i2", "i3"]),
+    ("nobody", "i4", None),
+    ("u1", "i39", None),  # an item without training data
+    ("u1", NEW, None),
+    ("nobody", NEW, [NEW, "i5", "i5"]),
+    ("u1", "i2", []),
+    ("u1", "i2", [f"i{i}" for i in range(17)]),
+]
+
+
+@pytest.mark.parametrize(("user_id", "item", "history"), CASES)
+async def test_a_score_is_the_references(
+    scorer: httpx.AsyncClient, reference: Reference, user_id: str, item: Any, history: list[Any] | None
+) -> None:
+    answer = await rank(scorer, user_id=user_id, candidates=[item], history=history)
+    [result] = answer["results"]
+    expected = reference.raw(user_id, item, history)
+    assert result["raw_score"] == pytest.approx(expected, abs=1e-5)
+    logit = np.log(expected) - np.log1p(-expected)
+    assert result["score"] == pytest.approx(1 / (1 + np.exp(-(0.8 * logit - 0.3))), abs=1e-5)
+
+
+async def test_both_routes_agree_and_order_and_neighbours_change_nothing(
+    scorer: httpx.AsyncClient, reference: Reference
+) -> None:
+    candidates: list[Any] = [f"i{i}" for i in range(40)] + [NEW]
+    expected = {str(i): reference.raw("u0", one, None) for i, one in enumerate(candidates)}
+    shuffled = random.Random(0).sample(range(41), 41)
+    together, other, pairs = await asyncio.gather(
+        rank(scorer, user_id="u0", candidates=[candidates[i] for i in shuffled]),
+        rank(scorer, user_id="u18", candidates=["i1", {"item_id": "other", "title": "Another new one"}]),
+        scorer.post(
+            "/score",
+            json={"pairs": [{"user_id": f"u{i % 2}", "item_id": f"i{i}"} for i in range(10)]},
+        ),
+    )
+    for result in together["results"]:
+        place = "40" if result["item_id"] == "new" else result["item_id"][1:]
+        assert result["raw_score"] == pytest.approx(expected[place], abs=1e-5)
+    raw = [result["raw_score"] for result in together["results"]]
+    assert raw == sorted(raw, reverse=True)
+    assert [result["rank"] for result in together["results"]] == list(range(1, 42))
+    assert len(other["results"]) == 2
+    for index, result in enumerate(pairs.json()["results"]):
+        assert (result["index"], result["item_id"]) == (index, f"i{index}")
+        assert result["raw_score"] == pytest.approx(reference.raw(f"u{index % 2}", f"i{index}", None), abs=1e-5)
+
+
+async def test_the_answer_says_how_each_score_came_about(scorer: httpx.AsyncClient, bundle: Bundle) -> None:
+    history = ["i0"] * 7 + ["i1", {"item_id": "i2", "title": "Not its title"}, NEW, "i3", "i4"]
+    known = bundle.tables().item("i6")
+    assert known is not None
+    answer = await rank(
+        scorer,
+        user_id="u0",
+        candidates=[
+            "i0",
+            {"item_id": "i39", "title": "Wrong"},
+            NEW,
+            {"item_id": "long", "title": "word " * 100},
+            {"item_id": "i6", "title": known.title},
+        ],
+        history=history,
+    )
+    assert answer["history"] == {
+        "source": "request",
+        "given": 12,
+        "used": 7,
+        "dropped": 5,
+        "titles_cut": 0,
+        "titles_ignored": 1,
+    }
+    assert not answer["cold_user"]
+    marks = {one["item_id"]: one for one in answer["results"]}
+    flags = ("cold_item", "unknown_item", "in_history", "title_ignored")
+    assert [marks["i0"][flag] for flag in flags] == [False, False, True, False]
+    assert [marks["i39"][flag] for flag in flags] == [True, False, False, True]
+    assert [marks["new"][flag] for flag in flags] == [True, True, True, False]
+    assert [marks["i6"][flag] for flag in flags] == [False, False, False, False]
+    assert marks["long"]["title_tokens_cut"] > 0
+    assert marks["i0"]["title_tokens_cut"] == 0
+
+
+@pytest.mark.parametrize(
+    ("user_id", "history", "source", "cold"),
+    [
+        ("u0", None, "bundle", False),
+        ("u0", [], "request", False),
+        ("u18", None, "bundle", True),
+        ("x", None, "none", True),
+    ],
+)
+async def test_where_the_history_came_from(
+    scorer: httpx.AsyncClient, user_id: str, history: list[str] | None, source: str, cold: bool
+) -> None:
+    answer = await rank(scorer, user_id=user_id, candidates=["i1"], history=history)
+    assert (answer["history"]["source"], answer["cold_user"]) == (source, cold)
+    assert answer["history"]["given"] == answer["history"]["used"] + answer["history"]["dropped"]
+
+
+async def test_skipped_items_are_reported_and_leave_the_others_alone(
+    scorer: httpx.AsyncClient, reference: Reference
+) -> None:
+    pairs = [
+        {"user_id": "u1", "item_id": "gone"},
+        {"user_id": "u1", "item_id": "i1"},
+        {"user_id": "u2", "item_id": "i1", "history": ["i3", "gone"]},
+        {"user_id": "u3", "item_id": "gone"},
+    ]
+    answer = (await scorer.post("/score", json={"pairs": pairs, "on_unknown": "skip"})).json()
+    assert [one["field"] for one in answer["skipped"]] == ["pairs[0]", "pairs[2].history[1]", "pairs[3]"]
+    assert [one["index"] for one in answer["results"]] == [1, 2]
+    assert answer["results"][0]["raw_score"] == pytest.approx(reference.raw("u1", "i1", None), abs=1e-5)
+    assert answer["results"][1]["history"]["dropped"] == 1
+    assert answer["results"][1]["raw_score"] == pytest.approx(reference.raw("u2", "i1", ["i3"]), abs=1e-5)
+
+
+async def test_a_large_request_is_assembled_off_the_loop_and_scores_the_same(
+    scorer: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = await rank(scorer, user_id="u0", candidates=[f"i{i}" for i in range(10)])
+    monkeypatch.setattr("service.scoring.SMALL_ASSEMBLY", 0)
+    large = await rank(scorer, user_id="u0", candidates=[f"i{i}" for i in range(10)])
+    assert [(one["item_id"], one["raw_score"]) for one in small["results"]] == [
+        (one["item_id"], one["raw_score"]) for one in large["results"]
+    ]

@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import SettingsError, load_settings
+
+
+def test_the_environment_sets_and_the_command_line_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELLA_PORT", "9001")
+    monkeypatch.setenv("SELLA_MAX_PAIRS", "7")
+    settings = load_settings(bundle=Path("b"), port=9002, host=None)
+    assert (settings.port, settings.max_pairs, settings.host) == (9002, 7, "127.0.0.1")
+
+
+def test_an_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELLA_MAX_PAIR", "7")
+    with pytest.raises(SettingsError, match="SELLA_MAX_PAIR: no such setting"):
+        load_settings(bundle=Path("b"))
+
+
+def test_a_value_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELLA_BATCH_TOKENS", "1")
+    with pytest.raises(SettingsError, match=r"SELLA_BATCH_TOKENS: .*greater than or equal to 64"):
+        load_settings(bundle=Path("b"))
+
+
+def test_without_a_bundle_there_are_no_settings() -> None:
+    with pytest.raises(SettingsError, match="SELLA_BUNDLE: Field required"):
+        load_settings()
+
+
+def test_settings_are_frozen() -> None:
+    settings = load_settings(bundle=Path("b"))
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
