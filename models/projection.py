@@ -88,3 +88,12 @@ class Projections(nn.Module):
     def sizes(self) -> tuple[int, int, int]:
         """d_collab, d_hidden, d_model."""
         return self.collab.inner.in_features, self.collab.inner.out_features, self.collab.outer.out_features
+
+
+class Verbatim(Projections):
+    """No projection: the vectors given are embeddings already."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.add_module("collab", nn.Identity())
+        self.add_module("warm", nn.Identity())

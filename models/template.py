@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.tokens import AnswerTokens, TextEncoder
+from models.tokens import TextEncoder
 
 
 class SlotKind(StrEnum):
@@ -154,10 +154,6 @@ class Template:
         """Tokenize titles, each alone, cut to the cap."""
         cap = self.config.title_tokens
         return [Title(tuple(ids[:cap]), max(0, len(ids) - cap)) for ids in self._encoder.encode_many(list(texts))]
-
-    def answers(self) -> AnswerTokens:
-        """Return the ids of Yes and No."""
-        return self._encoder.answers()
 
     def first_kept(self, titles: Sequence[Title]) -> int:
         """Return how many of a window's oldest titles give way to the history's token budget."""

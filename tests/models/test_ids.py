@@ -12,5 +12,5 @@ def test_strings_stay_and_integers_become_decimal(value: object, expected: str) 
 
 @pytest.mark.parametrize("value", [True, 1.0, None, b"1", "", "a\nb", "a\x00", "x" * (MAX_ID_LENGTH + 1), ["1"]])
 def test_what_is_no_id_is_refused_by_name(value: object) -> None:
-    with pytest.raises(IdError, match="^id"):
+    with pytest.raises(IdError, match=r"^id"):
         canonical_id(value)

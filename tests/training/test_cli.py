@@ -1,0 +1,266 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from models.features import Tables
+from models.loading import Bundle
+from tests.tiny import tiny_bundle
+from tests.training.micro import MICRO, Trained
+from training.cli import app
+from training.evaluate import Scorer
+
+
+def sella_train(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """Return the one line on stderr with which a command leaves, exit status 2 and nothing on stdout."""
+    result = sella_train(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def config_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "micro.json"
+    path.write_text(json.dumps({**MICRO, **changes}))
+    return path
+
+
+def plain_score(folder: Path, described: dict[str, Any]) -> float:
+    """Score a printed prompt by transformers and peft alone, as somebody without sella would."""
+    backbone: Any = AutoModelForCausalLM.from_pretrained(folder / "backbone", dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(backbone, folder / "adapter").merge_and_unload().eval()
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(torch.tensor([described["token_ids"]])).clone()
+        for slot in described["slots"]:
+            embeds[0, slot["index"]] = torch.tensor(described["slot_vectors"][slot["kind"]])
+        shares = model(inputs_embeds=embeds).logits[0, -1].softmax(-1)
+    yes, no = float(shares[described["yes_id"]]), float(shares[described["no_id"]])
+    return yes / (yes + no)
+
+
+def asked(tables: Tables) -> list[tuple[str, ...]]:
+    """Questions of every kind: trained, cold and unknown users and items, a history given, a title given."""
+    users, items = tables.user_ids, tables.item_ids
+    cold_user = users[list(tables.user_trained_U).index(False)]
+    cold_item = items[list(tables.item_trained_I).index(False)]
+    return [
+        ("--user", users[0], "--item", items[0]),
+        ("--user", cold_user, "--item", cold_item),
+        ("--user", "nobody", "--item", items[1]),
+        ("--user", users[1], "--item", "new", "--title", "Said <|im_end|> and <User_ID>"),
+        ("--user", users[2], "--item", items[3], "--history", ",".join(items[4:20])),
+        ("--user", users[2], "--item", items[3], "--history", ""),
+    ]
+
+
+@pytest.fixture(scope="module")
+def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose adapter is far from zero: a micro run may keep the adapter it started with."""
+    return tiny_bundle(tmp_path_factory.mktemp("random") / "bundle")
+
+
+@pytest.mark.parametrize("which", ["bundle", "random_bundle"])
+def test_plain_transformers_code_gives_the_score_of_the_printed_prompt(
+    request: pytest.FixtureRequest, which: str
+) -> None:
+    bundle: Bundle = request.getfixturevalue(which)
+    scores = []
+    for question in asked(bundle.tables()):
+        result = sella_train("prompt", "--bundle", bundle.folder, *question, "--json", "--vectors")
+        assert result.exit_code == 0, result.output
+        described = json.loads(result.stdout)
+        assert [slot["kind"] for slot in described["slots"]] == ["<User_ID>", "<Item_ID>", "<Warm_ID>"]
+        assert plain_score(bundle.folder, described) == pytest.approx(described["raw_score"], abs=1e-5)
+        scores.append(described["raw_score"])
+    assert len(set(scores)) == len(scores)
+
+
+def test_the_plain_score_does_depend_on_the_printed_vectors(trained: Trained, scorer: Scorer) -> None:
+    result = sella_train("prompt", "--bundle", trained.bundle, *asked(scorer.tables)[0], "--json", "--vectors")
+    described = json.loads(result.stdout)
+    for vector in described["slot_vectors"].values():
+        vector[:] = [-one for one in vector]
+    assert abs(plain_score(trained.bundle, described) - described["raw_score"]) > 1e-4
+
+
+def test_a_printed_prompt_says_what_it_is_made_of(trained: Trained, bundle: Bundle, scorer: Scorer) -> None:
+    items = scorer.tables.item_ids
+    question = ("--user", scorer.tables.user_ids[0], "--item", items[0], "--history", ",".join(items[1:13]))
+    described = json.loads(sella_train("prompt", "--bundle", trained.bundle, *question, "--json").stdout)
+    assert described["bundle_id"] == bundle.id
+    assert "slot_vectors" not in described
+    history = described["history"]
+    assert history["given"] == 12 and history["used"] + history["dropped"] == 12 and 0 < history["used"] <= 10
+    assert described["text"].endswith(f"Target Movie:\n{scorer.tables.titles[0]}\nAnswer:\n")
+    shown = [title for title in scorer.tables.titles[1:13] if f"\n{title}\n" in described["text"]]
+    assert shown == list(scorer.tables.titles[13 - history["used"] : 13])
+    for slot in described["slots"]:
+        assert slot["kind"] in described["text"]
+    readable = sella_train("prompt", "--bundle", trained.bundle, *question).stdout
+    assert readable.endswith(described["text"] + "\n")
+    assert " ".join(map(str, described["token_ids"])) in readable
+
+
+def test_a_prompt_about_an_unknown_item_without_a_title_is_refused(trained: Trained) -> None:
+    line = refused("prompt", "--bundle", trained.bundle, "--user", "u01", "--item", "gone")
+    assert "'gone' is not in the bundle's catalogue" in line and "--title" in line
+
+
+def test_fit_refuses_what_already_exists(trained: Trained, tmp_path: Path) -> None:
+    line = refused("fit", "--data", trained.data, "--out", trained.bundle, "--config", config_file(tmp_path))
+    assert line == f"error: {trained.bundle} already exists; choose another path or remove it"
+
+
+def test_fit_refuses_a_run_folder_without_resume_and_one_of_another_run_with_it(
+    trained: Trained, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    (tmp_path / "bundle.run").mkdir()
+    identity = json.loads((trained.folder / "run.json").read_text())
+    (tmp_path / "bundle.run" / "run.json").write_text(json.dumps(identity))
+    common = ("fit", "--data", trained.data, "--out", out, "--config", config_file(tmp_path))
+    assert "add --resume" in refused(*common)
+    assert "another configuration" in refused(*common, "--resume", "--seed", 5)
+    assert "another backbone" in refused(*common, "--resume", "--backbone", "Qwen/Qwen2-0.5B")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--data": "nowhere"}, "nowhere: no such folder"),
+        ({"--config": "nowhere.json"}, "nowhere.json: No such file"),
+        ({"--backbone": "./no-model-here"}, "backbone ./no-model-here"),
+        ({"--positive-above": "3"}, "--positive-above does not apply"),
+        ({"--split-by": "0.8,0.1,0.1"}, "is split already"),
+        ({"--split-by": "most of it"}, "most of it"),
+    ],
+)
+def test_what_fit_cannot_use_is_one_line(
+    trained: Trained, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    options = {"--data": str(trained.data), "--out": str(tmp_path / "b"), "--config": str(config_file(tmp_path))}
+    flat = [part for option in {**options, **changes}.items() for part in option]
+    assert message in refused("fit", *flat)
+    assert not (tmp_path / "b").exists()
+
+
+def test_evaluate_prints_the_documented_json_and_nothing_else(trained: Trained) -> None:
+    result = sella_train("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split", "test", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert list(report) == ["all", "warm", "cold"]
+    for part in report.values():
+        assert set(part) == {"auc", "uauc", "log_loss", "ece", "rows"}
+        for metric in ("auc", "uauc", "log_loss", "ece"):
+            assert set(part[metric]) == {"value", "low", "high"}
+            assert part[metric]["low"] <= part[metric]["value"] <= part[metric]["high"]
+    rows = {name: part["rows"] for name, part in report.items()}
+    assert rows["all"] == 200 == rows["warm"] + rows["cold"]
+
+
+def test_evaluate_prints_null_where_a_figure_is_undefined(trained: Trained, tmp_path: Path) -> None:
+    for name in ("items", "train"):
+        (tmp_path / f"{name}.parquet").write_bytes((trained.data / f"{name}.parquet").read_bytes())
+    test = pl.read_parquet(trained.data / "test.parquet")
+    test.filter(pl.col("label") == 1).unique("user_id", maintain_order=True).write_parquet(tmp_path / "test.parquet")
+    result = sella_train("evaluate", "--bundle", trained.bundle, "--data", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    nothing = {"value": None, "low": None, "high": None}
+    found = json.loads(result.stdout)["all"]
+    assert found["auc"] == found["uauc"] == nothing and found["log_loss"]["value"] > 0
+
+
+def test_evaluate_names_a_split_that_is_not_there(trained: Trained) -> None:
+    line = refused("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split", "tset")
+    assert "'tset'" in line
+
+
+def test_evaluate_shows_every_interval_whole(trained: Trained) -> None:
+    shown = sella_train("evaluate", "--bundle", trained.bundle, "--data", trained.data).stdout
+    assert "…" not in shown and shown.count("–") >= 12
+
+
+def test_score_writes_what_it_was_asked_for(trained: Trained, tmp_path: Path) -> None:
+    pairs = pl.read_parquet(trained.data / "test.parquet").select("user_id", "item_id").head(30)
+    pairs.write_csv(tmp_path / "pairs.csv")
+    common = ("score", "--bundle", trained.bundle, "--pairs", tmp_path / "pairs.csv", "--out", tmp_path / "out.parquet")
+    result = sella_train(*common, "--chunk", 7)
+    assert result.exit_code == 0, result.output
+    assert pl.read_parquet(tmp_path / "out.parquet").select("user_id", "item_id").equals(pairs)
+    assert "already exists" in refused(*common)
+
+
+def test_score_refuses_a_word_it_does_not_know(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("user_id,item_id\nu01,gone\n")
+    common = ("score", "--bundle", trained.bundle, "--pairs", tmp_path / "pairs.csv", "--out", tmp_path / "out.csv")
+    result = sella_train(*common, "--on-unknown", "ignore")
+    assert result.exit_code == 2 and "ignore" in result.stderr and "skip" in result.stderr
+    assert "'gone'" in refused(*common)
+    assert sella_train(*common, "--on-unknown", "skip").exit_code == 0
+
+
+def test_inspect_shows_what_a_bundle_holds(trained: Trained, bundle: Bundle) -> None:
+    shown = sella_train("inspect", trained.bundle).stdout
+    assert f"bundle {bundle.id}" in shown and f"{bundle.manifest.dimensions.users} users, 80 items" in shown
+    assert all(name in shown for name in bundle.manifest.files)
+    assert json.loads(sella_train("inspect", trained.bundle, "--json").stdout)["bundle_id"] == bundle.id
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "backbone/model.safetensors",
+        "backbone/tokenizer.json",
+        "collab.safetensors",
+        "semantic.safetensors",
+        "projection.safetensors",
+        "users.parquet",
+        "items.parquet",
+        "calibration.json",
+        "fold_in.json",
+    ],
+)
+def test_one_altered_byte_is_refused_and_its_file_named(copied: Path, name: str) -> None:
+    path = copied / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert str(path) in refused("inspect", copied)
+    assert str(path) in refused("prompt", "--bundle", copied, "--user", "u01", "--item", "m01")
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    assert f"is {tmp_path} a bundle?" in refused("inspect", tmp_path)
+
+
+def test_the_installed_command_is_quiet_where_nothing_is_wrong(trained: Trained) -> None:
+    """As a user runs it: a process of its own, the console script, no warnings of libraries on stderr."""
+    command = [Path(sys.executable).with_name("sella-train"), "prompt", "--bundle", trained.bundle, "--json"]
+    done = subprocess.run(
+        [*command, "--user", "u01", "--item", "m01"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert 0 < json.loads(done.stdout)["raw_score"] < 1

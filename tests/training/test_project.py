@@ -1,0 +1,241 @@
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from models.backbone import Backbone
+from models.projection import Projections
+from tests.training.micro import Trained
+from training.examples import Examples, forwards
+from training.run import Run, read_tensors
+from training.stages.adapt import adapt
+from training.stages.align import Collab, align
+from training.stages.project import KIND, Projected, SlotForward, SlotTables, folded_users, initial_projections, project
+
+Runs = Callable[..., Run]
+SCHEDULE = {"epochs": 0.5, "learning_rate": 0.003}
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def last_parameters(checkpoint: Path) -> dict[str, Tensor]:
+    """Return a stage's parameters after its last step: the kept ones may be those of the start."""
+    tensors, _ = read_tensors(checkpoint)
+    return {name.removeprefix("now/"): one for name, one in tensors.items() if name.startswith("now/")}
+
+
+def train(run: Run, examples: Examples, merged: Backbone, collab: Collab) -> Projected:
+    return project(run, examples, merged, collab, initial_projections(run, merged, collab))
+
+
+def slots(run: Run, examples: Examples, merged: Backbone, collab: Collab) -> SlotForward:
+    """Return stage 3's forward before its first step."""
+    targets = examples.targets("train", 16)
+    folded = {"train": folded_users(examples, targets, collab)}
+    return SlotForward(run, merged, initial_projections(run, merged, collab), SlotTables(collab), folded)
+
+
+@pytest.fixture(scope="module")
+def moved(
+    new_run: Runs, examples: Examples, merged: Backbone, collab: Collab, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
+    """Stage 3's parameters after its last step."""
+    folder = tmp_path_factory.mktemp("project")
+    train(new_run(folder, project={"schedule": SCHEDULE}), examples, merged, collab)
+    return last_parameters(folder / "project.safetensors")
+
+
+def test_stage_1_changes_the_adapter_alone(new_run: Runs, trained: Trained, examples: Examples, tmp_path: Path) -> None:
+    before = file_hashes(trained.folder / "backbone")
+    run = new_run(tmp_path, adapt={"rank": 4, "alpha": 8, "schedule": SCHEDULE})
+    adapt(run, examples, trained.folder / "backbone")
+    assert file_hashes(trained.folder / "backbone") == before
+    after = last_parameters(tmp_path / "adapt.safetensors")
+    assert after and all("lora_" in name for name in after)
+    # LoRA's B starts at zero: every layer has been reached by gradients.
+    assert all(one.abs().sum() > 0 for name, one in after.items() if "lora_B" in name)
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        assert all("lora_" in name for name in file.keys())  # noqa: SIM118
+
+
+def test_an_adapter_says_nothing_of_where_it_was_trained(trained: Trained) -> None:
+    """The bundle's id must not depend on a path, nor on the order in which PEFT writes a set."""
+    text = (trained.bundle / "adapter" / "adapter_config.json").read_text()
+    assert str(trained.folder) not in text
+    names = [line.strip(' ",') for line in text.splitlines() if "_proj" in line]
+    assert len(names) == 14 and names == sorted(names)
+
+
+def test_stages_2_and_3_leave_the_language_model_as_it_is_bit_for_bit(
+    new_run: Runs, trained: Trained, examples: Examples, merged: Backbone, semantic_vectors: Tensor, tmp_path: Path
+) -> None:
+    before, files = merged.weights_id(), file_hashes(trained.folder / "adapter")
+    run = new_run(tmp_path)
+    train(run, examples, merged, align(run, examples, semantic_vectors))
+    assert merged.weights_id() == before
+    assert file_hashes(trained.folder / "adapter") == files
+    assert not any(one.requires_grad or one.grad is not None for one in merged.model.parameters())
+
+
+def test_stage_3_changes_both_projections_and_every_table(
+    new_run: Runs, merged: Backbone, collab: Collab, moved: dict[str, Tensor], tmp_path: Path
+) -> None:
+    start = initial_projections(new_run(tmp_path), merged, collab)
+    for name, one in start.named_parameters():
+        assert not torch.equal(moved[f"projections.{name}"], one.detach()), name
+    assert moved["tables.user_delta_UC"].abs().sum() > 0
+    assert moved["tables.item_delta_IC"].abs().sum() > 0
+    assert not torch.equal(moved["tables.semantic_delta_ID"], collab.semantic_delta_ID)
+
+
+def test_stage_3_never_moves_a_row_without_training_data(collab: Collab, moved: dict[str, Tensor]) -> None:
+    for name, cold in (
+        ("tables.user_delta_UC", ~collab.user_trained_U),
+        ("tables.item_delta_IC", ~collab.item_trained_I),
+        ("tables.semantic_delta_ID", ~collab.item_trained_I),
+    ):
+        assert cold.any() and moved[name][cold].abs().sum() == 0, name
+
+
+def test_gradients_reach_the_vectors_of_the_batch_and_no_others(
+    new_run: Runs, examples: Examples, merged: Backbone, collab: Collab, tmp_path: Path
+) -> None:
+    run = new_run(tmp_path, autocast=False)
+    forward = slots(run, examples, merged, collab)
+    targets = examples.targets("train", 16)
+    rows = [one for one in targets.groups if len(one) > 2][:3]
+    [batch] = forwards([(examples.pack(KIND, targets, one), one) for one in rows], 10**6)
+    forward(targets, batch).sum().backward()
+    tables, chosen = forward.tables, np.concatenate(rows)
+    for table, reached in (
+        (tables.user_delta_UC, targets.user_B[chosen]),
+        (tables.item_delta_IC, targets.item_B[chosen]),
+        (tables.semantic_delta_ID, targets.item_B[chosen]),
+    ):
+        assert table.grad is not None
+        assert sorted(set(reached.tolist())) == table.grad.abs().sum(1).nonzero().flatten().tolist()
+    for name, one in forward.projections.named_parameters():
+        assert one.grad is not None and one.grad.abs().sum() > 0, name
+    assert all(one.grad is None for one in merged.model.parameters())
+
+
+def test_cold_targets_get_their_substitutes_and_the_others_their_own(collab: Collab) -> None:
+    torch.manual_seed(0)
+    tables = SlotTables(collab)
+    for delta in tables.parameters():
+        delta.data.normal_()
+    users_K, items_K = torch.arange(8), torch.arange(8)
+    users_K[-1] = int((~collab.user_trained_U).nonzero()[0])
+    items_K[-1] = int((~collab.item_trained_I).nonzero()[0])
+    assert collab.user_trained_U[users_K[:-1]].all() and collab.item_trained_I[items_K[:-1]].all()
+    folded_KC = torch.randn(8, collab.user_vectors_UC.shape[1])
+    cold_user_K = torch.tensor([0, 1, 0, 1, 0, 1, 0, 0]).bool()
+    cold_item_K = torch.tensor([0, 0, 1, 1, 0, 0, 1, 0]).bool()
+    vectors = tables.vectors(users_K, items_K, folded_KC, cold_user_K, cold_item_K)
+    mapped_IC = torch.from_numpy(collab.text_map(collab.semantic_ID.numpy()))
+    for k in range(8):
+        user, item = users_K[k], items_K[k]
+        cold_user, cold_item = bool(cold_user_K[k]) or k == 7, bool(cold_item_K[k]) or k == 7
+        own_user_C = collab.user_vectors_UC[user] + tables.user_delta_UC[user]
+        own_item_C = collab.item_vectors_IC[item] + tables.item_delta_IC[item]
+        own_semantic_D = collab.semantic_ID[item] + tables.semantic_delta_ID[item]
+        assert torch.equal(vectors.user_UC[k], folded_KC[k] if cold_user else own_user_C)
+        assert torch.equal(vectors.item_KC[k], mapped_IC[item] if cold_item else own_item_C)
+        assert torch.equal(vectors.semantic_KD[k], collab.semantic_ID[item] if cold_item else own_semantic_D)
+
+
+@pytest.mark.parametrize(
+    ("shares", "still"),
+    [
+        ({"cold_users": 1.0, "cold_items": 0.0}, {"user_vectors"}),
+        ({"cold_users": 0.0, "cold_items": 1.0}, {"item_vectors", "semantic"}),
+    ],
+)
+def test_what_is_always_dropped_is_never_trained(
+    new_run: Runs,
+    examples: Examples,
+    merged: Backbone,
+    collab: Collab,
+    tmp_path: Path,
+    shares: dict[str, float],
+    still: set[str],
+) -> None:
+    run = new_run(tmp_path, project={**shares, "schedule": {"epochs": 0.3, "learning_rate": 0.003}})
+    train(run, examples, merged, collab)
+    now = last_parameters(tmp_path / "project.safetensors")
+    changed = {
+        "user_vectors": now["tables.user_delta_UC"].abs().sum() > 0,
+        "item_vectors": now["tables.item_delta_IC"].abs().sum() > 0,
+        "semantic": not torch.equal(now["tables.semantic_delta_ID"], collab.semantic_delta_ID),
+    }
+    assert {name for name, moved in changed.items() if not moved} == still
+
+
+def test_the_served_tables_are_what_a_forward_without_dropout_sees(collab: Collab) -> None:
+    torch.manual_seed(0)
+    tables = SlotTables(collab)
+    for delta in tables.parameters():
+        delta.data.normal_()
+    final = tables.final()
+    items = torch.arange(len(collab.item_trained_I))
+    nobody = torch.zeros(len(items), dtype=torch.bool)
+    folded = torch.zeros(len(items), collab.user_vectors_UC.shape[1])
+    vectors = tables.vectors(torch.zeros_like(items), items, folded, nobody, nobody)
+    assert torch.equal(final["item_vectors"], vectors.item_KC)
+    assert torch.equal(final["semantic"], vectors.semantic_KD)
+    trained = collab.user_trained_U
+    assert torch.equal(final["user_vectors"][trained], (collab.user_vectors_UC + tables.user_delta_UC)[trained])
+    assert torch.equal(final["user_vectors"][~trained], collab.user_vectors_UC[~trained])
+
+
+def test_the_collab_projection_starts_as_stage_2s_up_to_scale(
+    new_run: Runs, merged: Backbone, collab: Collab, tmp_path: Path
+) -> None:
+    run = new_run(tmp_path, project={"slot_scale": 0.7})
+    projections = initial_projections(run, merged, collab)
+    inputs = torch.cat([collab.user_vectors_UC, collab.item_vectors_IC])
+    with torch.no_grad():
+        ours, stage_2 = projections.collab(inputs), collab.projection(inputs)
+        scale = ours.norm() / stage_2.norm()
+        torch.testing.assert_close(ours, stage_2 * scale, rtol=1e-3, atol=1e-4 * float(ours.abs().max()))
+        norm = 0.7 * merged.embedding_norm()
+        items_IC = collab.item_vectors_IC[collab.item_trained_I]
+        assert float(projections.collab(items_IC).norm(dim=-1).mean()) == pytest.approx(norm, rel=1e-4)
+        assert float(projections.warm(collab.semantic_ID).norm(dim=-1).mean()) == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_fresh_projection_knows_nothing_of_stage_2(
+    new_run: Runs, merged: Backbone, collab: Collab, tmp_path: Path
+) -> None:
+    run = new_run(tmp_path)
+    blank = replace(collab, projection=Projections(*Projections(8, 16, merged.d_model).sizes).collab)
+    fresh = initial_projections(run, merged, collab, fresh_collab=True)
+    of_blank = initial_projections(run, merged, blank, fresh_collab=True)
+    warm = initial_projections(run, merged, collab)
+    assert all(torch.equal(one, other) for one, other in zip(fresh.parameters(), of_blank.parameters(), strict=True))
+    assert not torch.equal(fresh.collab.inner.weight, warm.collab.inner.weight)
+    assert torch.equal(fresh.warm.linear.weight, warm.warm.linear.weight)
+
+
+def test_a_folded_user_depends_on_the_window_alone(examples: Examples, collab: Collab) -> None:
+    valid = examples.targets("valid", 16)
+    folded_BC = folded_users(examples, valid, collab)
+    items_IC: Any = collab.item_vectors_IC.numpy()
+    for row in range(0, len(valid), 7):
+        wanted = collab.prior.fold_in(items_IC[examples.window(valid, row)])
+        np.testing.assert_array_equal(folded_BC[row].numpy(), wanted)
+    empty = [row for row in range(len(valid)) if not len(examples.window(valid, row))]
+    assert empty and torch.equal(folded_BC[empty[0]], torch.from_numpy(collab.prior.mean_C))

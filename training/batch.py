@@ -1,0 +1,205 @@
+"""Scoring a file of unlabelled pairs, in parts, so that any size fits in memory and a stopped run resumes.
+
+Each pair is scored under its user's stored history, as the service would without one in the request.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from models.assembly import history_window
+from models.features import ItemFeatures
+from models.ids import IdError, canonical_id
+from models.loading import Bundle
+from training.data.errors import DataError
+from training.evaluate import Scorer
+from training.run import Progress, no_progress, write_json
+
+MAX_TOKENS = 4096
+GROUPS_AT_ONCE = 64
+FORMATS = (".parquet", ".csv")
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """A file of pairs, read a part at a time; ids in a CSV are text."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if self.path.suffix not in FORMATS:
+            raise DataError(f"{self.path}: give a file that ends in {' or '.join(FORMATS)}")
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: no such file")
+        with self._readable():
+            columns = self._scan().collect_schema().names()
+        for name in ("user_id", "item_id"):
+            if name not in columns:
+                raise DataError(f"{self.path.name}: column '{name}' is missing; found: {', '.join(columns)}")
+
+    def rows(self) -> int:
+        """Return how many pairs there are."""
+        with self._readable():
+            return int(self._scan().select(pl.len()).collect().item())
+
+    def parts(self, size: int) -> Iterator[tuple[int, pl.DataFrame]]:
+        """Yield (first row, pairs) with columns user_id, item_id and, where the file has it, title."""
+        columns = [name for name in self._scan().collect_schema().names() if name in ("user_id", "item_id", "title")]
+        first = 0
+        with self._readable():
+            for frame in self._scan().select(columns).collect_batches(chunk_size=size, maintain_order=True):
+                for start in range(0, frame.height, size):
+                    part = frame.slice(start, size)
+                    yield first, part
+                    first += part.height
+
+    def _scan(self) -> pl.LazyFrame:
+        if self.path.suffix == ".csv":
+            return pl.scan_csv(self.path, infer_schema=False)
+        return pl.scan_parquet(self.path)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Polars reads lazily: a broken file may show at any of its calls."""
+        try:
+            yield
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DataError(f"{self.path.name}: cannot be read: {error}") from error
+
+
+def score_pairs(
+    bundle: Bundle,
+    scorer: Scorer,
+    pairs: Path,
+    out: Path,
+    *,
+    skip_unknown: bool,
+    chunk: int,
+    progress: Progress = no_progress,
+) -> None:
+    """Score every pair of a file into `out`: user_id, item_id, score, raw_score, cold_user, cold_item.
+
+    Parts are kept in `out`.parts until all are there; a run with the same bundle, pairs and options takes up those
+    that are finished.
+
+    Raises:
+        DataError: unreadable pairs, a bad id, or an unknown item without a title unless `skip_unknown`.
+    """
+    source = PairFile(pairs)
+    if out.suffix not in FORMATS:
+        raise DataError(f"{out}: give a file that ends in {' or '.join(FORMATS)}")
+    if out.exists():
+        raise DataError(f"{out} already exists; choose another path or remove it")
+    folder = out.with_name(f"{out.name}.parts")
+    _claim(folder, {"bundle": bundle.id, "pairs": str(pairs.resolve()), "modified": pairs.stat().st_mtime_ns,
+                    "chunk": chunk, "skip": skip_unknown,
+                    "dtype": str(scorer.model.backbone.dtype)})  # fmt: skip
+    total = source.rows()
+    if total == 0:
+        raise DataError(f"{pairs.name}: holds no pairs")
+    for index, (first, part) in enumerate(source.parts(chunk)):
+        path = folder / f"{index:08d}.parquet"
+        if not path.exists():
+            scratch = path.with_suffix(".scratch")
+            _score_part(bundle, scorer, part, first, pairs.name, skip_unknown).write_parquet(scratch)
+            scratch.rename(path)
+        progress(first + part.height, total)
+    scored = pl.scan_parquet(sorted(folder.glob("*.parquet")))
+    scratch = out.with_name(f".{out.name}.scratch")
+    if out.suffix == ".csv":
+        scored.sink_csv(scratch)
+    else:
+        scored.sink_parquet(scratch)
+    scratch.rename(out)
+    shutil.rmtree(folder)
+
+
+def _claim(folder: Path, identity: dict[str, object]) -> None:
+    path = folder / "run.json"
+    if path.exists() and json.loads(path.read_text()) != identity:
+        shutil.rmtree(folder)  # parts of other pairs or another bundle
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, identity)
+
+
+def _score_part(
+    bundle: Bundle, scorer: Scorer, part: pl.DataFrame, first: int, file: str, skip_unknown: bool
+) -> pl.DataFrame:
+    """Score one part; each user's pairs share a prompt."""
+    users = _ids(part, "user_id", first, file)
+    items = _ids(part, "item_id", first, file)
+    known = _items(scorer, part, items, first, file, skip_unknown)
+    rows_by_user: dict[str, list[int]] = {}
+    for row, (user_id, item_id) in enumerate(zip(users, items, strict=True)):
+        if item_id in known:
+            rows_by_user.setdefault(user_id, []).append(row)
+    raw = np.full(part.height, np.nan, np.float32)
+    cold_user = [False] * part.height
+    waiting = list(rows_by_user.items())
+    for start in range(0, len(waiting), GROUPS_AT_ONCE):
+        groups = []
+        for user_id, rows in waiting[start : start + GROUPS_AT_ONCE]:
+            user = scorer.tables.user(user_id)
+            total = user.history_total if user else 0
+            window = history_window(user.history if user else (), total, scorer.assembler.template)
+            assembled = scorer.assembler.user(user, [_stored(scorer, one) for one in window], total)
+            for row in rows:
+                cold_user[row] = assembled.cold
+            groups.append(scorer.assembler.group(assembled, [known[items[row]] for row in rows]))
+        for (_, rows), scores in zip(
+            waiting[start : start + GROUPS_AT_ONCE], scorer.model.score(groups, MAX_TOKENS), strict=True
+        ):
+            raw[rows] = scores
+    scored = np.where(np.isnan(raw), np.nan, bundle.calibration()(np.nan_to_num(raw, nan=0.5)))
+    return pl.DataFrame(
+        {
+            "user_id": users,
+            "item_id": items,
+            "score": pl.Series(scored, dtype=pl.Float32).fill_nan(None),
+            "raw_score": pl.Series(raw, dtype=pl.Float32).fill_nan(None),
+            "cold_user": cold_user,
+            "cold_item": [not known[item].trained if item in known else True for item in items],
+        }
+    )
+
+
+def _ids(part: pl.DataFrame, column: str, first: int, file: str) -> list[str]:
+    ids = []
+    for row, value in enumerate(part[column].to_list(), first + 1):
+        try:
+            ids.append(canonical_id(value))
+        except IdError as error:
+            raise DataError(f"{file}: column '{column}', row {row}: {error}") from error
+    return ids
+
+
+def _items(
+    scorer: Scorer, part: pl.DataFrame, items: list[str], first: int, file: str, skip_unknown: bool
+) -> dict[str, ItemFeatures]:
+    """Return the features of every item that can be scored."""
+    titles = part["title"].to_list() if "title" in part.columns else [None] * part.height
+    wanted: dict[str, str] = {}
+    for row, (item_id, title) in enumerate(zip(items, titles, strict=True)):
+        if scorer.tables.item(item_id) is not None:
+            wanted[item_id] = ""
+        elif isinstance(title, str) and title.strip():
+            wanted[item_id] = " ".join(title.split())
+        elif not skip_unknown:
+            raise DataError(
+                f"{file}: column 'item_id', row {first + row + 1}: {item_id!r} is not in the bundle's catalogue; add a"
+                " 'title' column, or leave such pairs without a score by --on-unknown skip"
+            )
+    return scorer.items(wanted)
+
+
+def _stored(scorer: Scorer, item_id: str) -> ItemFeatures:
+    item = scorer.tables.item(item_id)
+    if item is None:
+        raise DataError(f"the bundle's stored history names item {item_id!r}, which its catalogue lacks")
+    return item

@@ -1,0 +1,258 @@
+"""`sella-train`: prepare, fit, evaluate, score, prompt, inspect, and the measurements of docs/results.md."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from models.backbone import BackboneError
+from models.bundle import BundleError
+from models.ids import IdError
+from models.tokens import TokenizerError
+from training.config import ConfigError
+from training.data.errors import DataError
+from training.data.prepare import app as prepare_app
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train and judge SeLLa-Rec bundles.",
+    add_completion=False,
+)
+app.add_typer(prepare_app, name="prepare")
+
+DataOption = Annotated[Path, typer.Option("--data", help="folder with items and interactions (docs/data.md)")]
+BundleOption = Annotated[Path, typer.Option("--bundle", help="folder of the bundle")]
+PositiveOption = Annotated[float | None, typer.Option(help="a rating above this is label 1")]
+SplitByOption = Annotated[
+    str | None, typer.Option("--split-by", help='one interactions file: "0.8,0.1,0.1" or "2017-12-01,2017-12-15"')
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+DeviceOption = Annotated[str, typer.Option(help="torch device")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of the bundle's own")]
+
+
+@app.command()
+def fit(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="folder of the bundle to write")],
+    backbone: Annotated[str, typer.Option(help="tiny, a hub id, or a local path")] = "tiny",
+    config: Annotated[str | None, typer.Option(help="JSON file, or the name of one that comes with sella")] = None,
+    resume: Annotated[bool, typer.Option(help="go on with a run that was stopped")] = False,
+    positive_above: PositiveOption = None,
+    split_by: SplitByOption = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="instead of the configuration's")] = None,
+) -> None:
+    """Train all stages and write one bundle. The run's files are kept in OUT.run beside it."""
+    with one_line_errors():
+        from training.config import load_config
+        from training.pipeline import fit as fit_bundle
+        from training.start import new_run, read_data
+
+        chosen = load_config(config)
+        if seed is not None:
+            chosen = chosen.model_copy(update={"seed": seed})
+        run = new_run(out.with_name(f"{out.name}.run"), chosen)
+        report = fit_bundle(run, read_data(data, positive_above, split_by), backbone, out, resume=resume)
+        if run.is_main:
+            show_stages(run.console, report)
+            show_report(run.console, "valid", report)
+            run.say(f"[bold]{out}[/bold] is ready: sella-serve run --bundle {out}")
+
+
+@app.command()
+def evaluate(
+    bundle: BundleOption,
+    data: DataOption,
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
+    as_json: JsonOption = False,
+    positive_above: PositiveOption = None,
+    split_by: SplitByOption = None,
+    device: DeviceOption = "",
+    dtype: DtypeOption = None,
+) -> None:
+    """Judge a bundle on a split: AUC, UAUC, log-loss, calibration error, with user-bootstrap intervals."""
+    with one_line_errors():
+        from training.data.history import build_histories
+        from training.evaluate import judge, score_split
+        from training.start import open_scorer, progress_bar, read_data
+
+        opened, scorer = open_scorer(bundle, device, dtype)
+        dataset = read_data(data, positive_above, split_by, require=(split,))
+        histories = build_histories(dataset)
+        with progress_bar(f"scoring {split}") as progress:
+            raw_B = score_split(scorer, dataset, histories, split, 4096, progress)
+        report = judge(opened.calibration()(raw_B), dataset, histories, split, scorer.tables)
+        if as_json:
+            print(json.dumps(report))
+        else:
+            show_report(Console(width=100), split, report)
+
+
+@app.command()
+def score(
+    bundle: BundleOption,
+    pairs: Annotated[Path, typer.Option(help=".parquet or .csv with user_id, item_id and, for unknown items, title")],
+    out: Annotated[Path, typer.Option(help=".parquet or .csv to write")],
+    on_unknown: Annotated[
+        Literal["error", "skip"], typer.Option(help="error, or skip: such pairs get no score")
+    ] = "error",
+    chunk: Annotated[int, typer.Option(min=1, help="pairs of one resumable part")] = 20_000,
+    device: DeviceOption = "",
+    dtype: DtypeOption = None,
+) -> None:
+    """Score unlabelled pairs with the bundle's stored histories; a run that was stopped resumes by itself."""
+    with one_line_errors():
+        from training.batch import score_pairs
+        from training.start import open_scorer, progress_bar
+
+        opened, scorer = open_scorer(bundle, device, dtype)
+        with progress_bar(f"scoring {pairs.name}") as progress:
+            score_pairs(opened, scorer, pairs, out, skip_unknown=on_unknown == "skip", chunk=chunk, progress=progress)
+
+
+@app.command()
+def prompt(
+    bundle: BundleOption,
+    user: Annotated[str, typer.Option(help="user id")],
+    item: Annotated[str, typer.Option(help="item id")],
+    history: Annotated[str | None, typer.Option(help="liked item ids, oldest first, by comma; else the stored")] = None,
+    title: Annotated[str | None, typer.Option(help="title of an item outside the catalogue")] = None,
+    as_json: JsonOption = False,
+    vectors: Annotated[bool, typer.Option(help="with --json: the projected vector of every slot")] = False,
+) -> None:
+    """Print one pair's prompt: token ids, text and slots, as training and serving assemble it."""
+    with one_line_errors():
+        from training.inspection import describe_prompt, prompt_text
+        from training.start import open_scorer
+
+        opened, scorer = open_scorer(bundle, "", None)
+        liked = None if history is None else [one for one in history.split(",") if one]
+        described = describe_prompt(opened, scorer, user, item, liked, title, with_vectors=vectors)
+        print(json.dumps(described) if as_json else prompt_text(described))
+
+
+@app.command()
+def inspect(bundle: Annotated[Path, typer.Argument(help="folder of the bundle")], as_json: JsonOption = False) -> None:
+    """Verify a bundle and print what it holds."""
+    with one_line_errors():
+        from models.bundle import verify
+        from training.inspection import bundle_text
+
+        manifest = verify(bundle)
+        print(manifest.canonical().decode() if as_json else bundle_text(manifest))
+
+
+@app.command()
+def alignment(
+    data: DataOption,
+    work: Annotated[Path, typer.Option(help="folder for what is trained on the way; resumes from it")],
+    backbone: Annotated[str, typer.Option(help="tiny, a hub id, or a local path")] = "tiny",
+    config: Annotated[str | None, typer.Option(help="JSON file, or the name of one that comes with sella")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="how often stage 2 is trained")] = 5,
+    positive_above: PositiveOption = None,
+    split_by: SplitByOption = None,
+) -> None:
+    """Table 6 of the paper: AUC before stage 3's first step, with and without alignment, over several seeds."""
+    with one_line_errors():
+        from training.config import load_config
+        from training.metrics import mean_interval
+        from training.start import new_run, read_data
+        from training.studies import alignment_study
+
+        run = new_run(work, load_config(config))
+        work.mkdir(parents=True, exist_ok=True)
+        reached = alignment_study(run, read_data(data, positive_above, split_by), backbone, seeds)
+        table = Table("warm valid rows, step 0", "mean AUC (95 %)", *(f"seed {seed}" for seed in range(seeds)))
+        for name, areas in reached.items():
+            table.add_row(name, _one_line(mean_interval(areas).as_dict()), *(f"{area:.4f}" for area in areas))
+        run.console.print(table)
+
+
+@app.command()
+def windows(
+    data: DataOption,
+    work: Annotated[Path, typer.Option(help="folder for both trainings; resumes from it")],
+    backbone: Annotated[str, typer.Option(help="tiny, a hub id, or a local path")] = "tiny",
+    config: Annotated[str | None, typer.Option(help="JSON file, or the name of one that comes with sella")] = None,
+    positive_above: PositiveOption = None,
+    split_by: SplitByOption = None,
+) -> None:
+    """Train with sliding and with anchored history windows: tokens computed per target and AUC, side by side."""
+    with one_line_errors():
+        from training.config import load_config
+        from training.start import new_run, read_data
+        from training.studies import window_study
+
+        run = new_run(work, load_config(config))
+        results, difference = window_study(run, read_data(data, positive_above, split_by), backbone, work)
+        table = Table(
+            "window", "tokens a target, stage 1", "stage 3", "one prompt a target", "stage 1 AUC", "stage 3 AUC"
+        )
+        for result in results:
+            (packed_1, _), (packed_3, alone_3) = result.tokens["adapt"], result.tokens["project"]
+            areas = (result.stages["stage 1, text alone"]["auc"], result.stages["stage 3"]["auc"])
+            cells = [f"{value:.1f}" for value in (packed_1, packed_3, alone_3)]
+            table.add_row(result.window, *cells, *(f"{area:.4f}" for area in areas))
+        run.console.print(table)
+        run.console.print(f"stage 3, anchored minus sliding: AUC {_one_line(difference['auc'])}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and exit status 2; anything else is a bug and shows as one."""
+    from models.scoring_model import NotFiniteError
+    from training.loop import TrainingError
+    from training.run import RunError
+
+    known = (
+        *(DataError, ConfigError, BundleError, BackboneError),
+        *(TokenizerError, IdError, RunError, TrainingError, NotFiniteError),
+    )
+    try:
+        yield
+    except known as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was (fit: with --resume)", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def show_stages(console: Console, report: dict[str, Any]) -> None:
+    """Print what each stage reached on valid, and how stage 3 compares."""
+    table = Table("on valid", "AUC", "UAUC", "stage 3 minus it, AUC (95 %)", title="Stages", title_justify="left")
+    for name, reached in report["stages"].items():
+        gap = report["stage 3 minus"].get(name, {}).get("auc")
+        interval = "" if gap is None else f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
+        table.add_row(name, f"{reached['auc']:.4f}", f"{reached['uauc']:.4f}", interval)
+    console.print(table)
+
+
+def show_report(console: Console, split: str, report: dict[str, Any]) -> None:
+    """Print an evaluation as a table."""
+    table = Table(f"on {split}", "rows", "AUC", "UAUC", "log-loss", "ECE", title_justify="left")
+    for name in ("all", "warm", "cold"):
+        cells = [_interval(report[name][metric]) for metric in ("auc", "uauc", "log_loss", "ece")]
+        table.add_row(name, f"{report[name]['rows']:,}", *cells)
+    console.print(table)
+
+
+def _one_line(found: dict[str, float | None]) -> str:
+    return _interval(found).replace("\n", " ")
+
+
+def _interval(found: dict[str, float | None]) -> str:
+    if found["value"] is None:
+        return "–"
+    return f"{found['value']:.4f}\n({found['low']:.4f}–{found['high']:.4f})"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,138 @@
+"""The training configuration: one frozen model, unknown keys rejected, every default with its reason.
+
+Measured reasons refer to the `tiny` backbone on MovieLens-1M; `docs/results.md` has the figures.
+"""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.template import TemplateConfig
+
+
+class ConfigError(ValueError):
+    """A configuration file that cannot be used; the message names the key and the mend."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ScheduleConfig(_Frozen):
+    """How a stage steps: AdamW under a linear warm-up and a linear decay to zero."""
+
+    epochs: float = Field(2.0, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
+    batch_targets: int = Field(64, ge=1, description="targets a step, over all processes")
+    gradient_norm: float = Field(1.0, gt=0, description="clipped above this")
+    evaluations_per_epoch: int = Field(2, ge=1)
+    patience: int = Field(4, ge=1, description="evaluations without a better validation AUC before the stage stops")
+
+
+class TinyConfig(_Frozen):
+    """The `tiny` stand-in: a Qwen2 of about 5 M parameters, made and pre-trained from the training text alone."""
+
+    vocabulary: int = Field(4096, ge=300, description="byte-level BPE; ML-1M's titles stop paying for more")
+    d_model: int = Field(256, ge=16)
+    d_inner: int = Field(1024, ge=16)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    key_value_heads: int = Field(2, ge=1)
+    sequence_tokens: int = Field(256, ge=32)
+    reading_groups: int = Field(4, ge=1, description="packs a step that teach it to read the slots (pretrain.py)")
+    schedule: ScheduleConfig = ScheduleConfig(epochs=5, learning_rate=2e-3, weight_decay=0.05, batch_targets=16)
+
+
+class AdaptConfig(_Frozen):
+    """Stage 1: LoRA on Fig. 2's prompt."""
+
+    rank: int = Field(16, ge=1, description="all linear layers; CoLLM's 8 on two of them learns less on Qwen2")
+    alpha: int = Field(32, ge=1, description="twice the rank, the usual scale")
+    dropout: float = Field(0.0, ge=0, lt=1, description="one epoch does not overfit, and on a CPU it costs a third")
+    schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=5e-4, evaluations_per_epoch=2)
+
+
+class AlignConfig(_Frozen):
+    """Stage 2: matrix factorisation with alignment (Eqs. 6-9)."""
+
+    d_collab: int = Field(64, ge=3, description="the paper's smallest; two of them hold the biases")
+    d_hidden: int = Field(256, ge=1, description="inner width of Eq. 7's projection")
+    alignment: float = Field(0.3, ge=0, description="lambda of Eq. 9")
+    temperature: float = Field(0.1, gt=0, description="tau of Eq. 8")
+    init_std: float = Field(0.05, gt=0, description="of p and q at the start")
+    factor_decay: float = Field(4.0, ge=0, description="L2 on p and q, in interactions")
+    user_bias_decay: float = Field(12.0, ge=0, description="L2 on b_u, in interactions: leniency needs evidence")
+    item_bias_decay: float = Field(2.0, ge=0, description="L2 on b_i, in interactions")
+    bias_rate: float = Field(5.0, gt=0, description="learning rate of the biases, relative")
+    semantic_rate: float = Field(0.15, ge=0, description="learning rate of the semantic deltas, relative")
+    ridge: float = Field(1.0, gt=0, description="of the map from text to collab vectors, relative to the variance")
+    schedule: ScheduleConfig = ScheduleConfig(
+        epochs=25, learning_rate=2e-3, batch_targets=1024, evaluations_per_epoch=1, patience=25
+    )
+
+
+class ProjectConfig(_Frozen):
+    """Stage 3: both projections and the tables, language model frozen (Eqs. 10-11)."""
+
+    slot_scale: float = Field(1.0, gt=0, description="norm of a projected vector, in mean token embedding norms")
+    cold_users: float = Field(0.3, ge=0, le=1, description="share of targets whose user is folded in instead")
+    cold_items: float = Field(0.1, ge=0, le=1, description="share of targets whose item is mapped from text instead")
+    table_rate: float = Field(0.1, ge=0, description="learning rate of the tables, relative to the projections'")
+    table_decay: float = Field(0.0, ge=0, description="pull of the tables back to stage 2's")
+    schedule: ScheduleConfig = ScheduleConfig(epochs=1.5, learning_rate=3e-3, evaluations_per_epoch=2)
+
+
+class Config(_Frozen):
+    """Everything a `fit` depends on besides the data and the backbone."""
+
+    seed: int = Field(0, ge=0)
+    template: TemplateConfig = TemplateConfig()
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the merged weights: distil, train, serve")
+    autocast: bool = Field(True, description="bf16 products in training; weights and gradients stay in their type")
+    max_tokens: int = Field(2048, ge=64, description="tokens of one forward and backward, padding included")
+    max_targets: int = Field(16, ge=1, description="targets of one pack, so that a batch mixes users")
+    validation_rows: int = Field(5_000, ge=1, description="rows of valid that choose checkpoints")
+    checkpoint_seconds: float = Field(30.0, gt=0)
+    gradient_checkpointing: bool = Field(False, description="recompute activations: a third slower, far less memory")
+    tiny: TinyConfig = TinyConfig()
+    adapt: AdaptConfig = AdaptConfig()
+    align: AlignConfig = AlignConfig()
+    project: ProjectConfig = ProjectConfig()
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> "Config":
+        if self.template.history_tokens + 300 > self.max_tokens:
+            raise ValueError(f"max_tokens {self.max_tokens} does not hold one prompt; raise it to history_tokens + 300")
+        return self
+
+
+def load_config(path: Path | str | None) -> Config:
+    """Read a configuration: a JSON file, the name of one that comes with sella, or None for the defaults.
+
+    Raises:
+        ConfigError: no such file, or a key or value that does not belong.
+    """
+    if path is None:
+        return Config()
+    named = resources.files("training") / "configs" / f"{path}.json"
+    try:
+        text = named.read_text() if named.is_file() else Path(path).read_text()
+        return Config.model_validate(json.loads(text))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; sella's own are {', '.join(shipped_configs())}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the configurations that come with sella."""
+    folder = resources.files("training") / "configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))

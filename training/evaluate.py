@@ -1,0 +1,145 @@
+"""Scoring interactions with a bundle's parts, by the same code as the service, and judging the scores.
+
+Shapes: B rows of a split, K candidates of a group.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.assembly import Assembler, ScoringGroup
+from models.features import Floats, ItemFeatures, Tables
+from models.loading import Calibration
+from models.scoring_model import ScoringModel
+from models.template import window_start
+from training.data.dataset import Dataset
+from training.data.history import Histories
+from training.metrics import REPLICATES, evaluate_scores
+from training.run import Progress, no_progress
+
+GROUPS_AT_ONCE = 64  # groups handed to the model together, so that forwards fill up and memory stays bounded
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A bundle's parts, loaded: the model, its tables and the assembler of its prompts."""
+
+    model: ScoringModel
+    tables: Tables
+    assembler: Assembler
+
+    def item(self, item_id: str, title: str) -> ItemFeatures:
+        """Return an item's features; one outside the catalogue is distilled from its title on the spot."""
+        return self.tables.item(item_id) or self.items({item_id: title})[item_id]
+
+    def items(self, titles: dict[str, str]) -> dict[str, ItemFeatures]:
+        """Return the features of items by id; those outside the catalogue are distilled together."""
+        found = {item_id: item for item_id in titles if (item := self.tables.item(item_id)) is not None}
+        unseen = [item_id for item_id in titles if item_id not in found]
+        if unseen:
+            template = self.assembler.template
+            prompts = [template.distil(self.assembler.title(titles[item_id])) for item_id in unseen]
+            for item_id, semantic_D in zip(unseen, self.model.distil(prompts), strict=True):
+                found[item_id] = self.tables.unseen_item(item_id, titles[item_id], semantic_D)
+        return found
+
+
+def score_split(
+    scorer: Scorer,
+    dataset: Dataset,
+    histories: Histories,
+    split: str,
+    max_tokens: int,
+    progress: Progress = no_progress,
+) -> Floats:
+    """Return the raw score of every row of a split, `(B,)`, each under the history it had then.
+
+    Nothing of the bundle's stored histories is used: at the time of the row they had not all happened.
+    """
+    frame, rows = dataset.splits[split], histories.of_split(split)
+    item_ids = dataset.items["item_id"].to_list()
+    items = scorer.items(dict(zip(item_ids, dataset.items["title"].to_list(), strict=True)))
+    user_ids = frame["user_id"].to_list()
+    scores_B = np.empty(frame.height, np.float32)
+    done = 0
+    for runs in _chunks(list(_runs(rows.user_code, rows.length)), GROUPS_AT_ONCE):
+        groups: list[ScoringGroup] = []
+        for run in runs:
+            total = int(rows.length[run[0]])
+            history = histories.positives_of(int(rows.user_code[run[0]]))[:total]
+            window = history[window_start(total, scorer.assembler.template.config) :]
+            user = scorer.assembler.user(
+                scorer.tables.user(user_ids[run[0]]), [items[item_ids[row]] for row in window], total
+            )
+            groups.append(scorer.assembler.group(user, [items[item_ids[row]] for row in rows.item_row[run]]))
+        for run, scores in zip(runs, scorer.model.score(groups, max_tokens), strict=True):
+            scores_B[run] = scores
+            done += len(run)
+        progress(done, frame.height)
+    return scores_B
+
+
+def judge(
+    scores_B: Floats,
+    dataset: Dataset,
+    histories: Histories,
+    split: str,
+    tables: Tables,
+    *,
+    replicates: int = REPLICATES,
+) -> dict[str, dict[str, Any]]:
+    """Return AUC, UAUC, log-loss and calibration error over all rows, warm rows and cold rows.
+
+    Warm: user and item both have training data in the bundle.
+    """
+    frame = dataset.splits[split]
+    labels_B = frame["label"].to_numpy()
+    users_B = histories.of_split(split).user_code
+    cold_user_B, cold_item_B = cold_rows(dataset, split, tables)
+    warm_B = ~cold_user_B & ~cold_item_B
+    report: dict[str, dict[str, Any]] = {}
+    for name, chosen in {"all": np.ones(len(labels_B), bool), "warm": warm_B, "cold": ~warm_B}.items():
+        report[name] = {"rows": int(chosen.sum())}
+        if chosen.any():
+            measured = evaluate_scores(scores_B[chosen], labels_B[chosen], users_B[chosen], replicates=replicates)
+            report[name] |= {metric: interval.as_dict() for metric, interval in measured.items()}
+        else:
+            nothing = {"value": None, "low": None, "high": None}
+            report[name] |= dict.fromkeys(("auc", "uauc", "log_loss", "ece"), nothing)
+    return report
+
+
+def cold_rows(dataset: Dataset, split: str, tables: Tables) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which rows have a user, and which an item, without training data, `(B,)` each."""
+    frame = dataset.splits[split]
+    users = {one for one, trained in zip(tables.user_ids, tables.user_trained_U, strict=True) if trained}
+    items = {one for one, trained in zip(tables.item_ids, tables.item_trained_I, strict=True) if trained}
+    return ~frame["user_id"].is_in(users).to_numpy(), ~frame["item_id"].is_in(items).to_numpy()
+
+
+def fit_calibration(raw_B: Floats, labels_B: NDArray[np.floating]) -> Calibration:
+    """Fit slope and intercept of the logit by maximum likelihood (Platt); identity where that would not increase."""
+    if len(np.unique(labels_B > 0)) < 2:
+        return Calibration()
+    from sklearn.linear_model import LogisticRegression
+
+    clipped = np.clip(raw_B.astype(np.float64), 1e-7, 1 - 1e-7)
+    logits_B1 = (np.log(clipped) - np.log1p(-clipped))[:, None]
+    fitted = LogisticRegression(C=1e6).fit(logits_B1, labels_B > 0)
+    slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+    return Calibration(slope=slope, intercept=intercept) if slope > 1e-3 else Calibration()
+
+
+def _runs(user_B: NDArray[np.int32], length_B: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows that share a user and a history: they share a prompt."""
+    order = np.lexsort((length_B, user_B))
+    changes = (np.diff(user_B[order]) != 0) | (np.diff(length_B[order]) != 0)
+    yield from np.split(order, np.flatnonzero(changes) + 1)
+
+
+def _chunks(values: Sequence[NDArray[np.int64]], size: int) -> Iterator[Sequence[NDArray[np.int64]]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -1,0 +1,261 @@
+"""`fit`: data in, one bundle out, through every stage; killed at any point, it resumes.
+
+The stages meet through files in the run folder, so that each reads what the one before it left.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.assembly import Assembler
+from models.backbone import DTYPES, Backbone, load_backbone, load_merged
+from models.bundle import (
+    BackboneEntry,
+    BundleError,
+    Dimensions,
+    FileEntry,
+    Manifest,
+    copy_tree,
+    merged_id,
+    write_bundle,
+)
+from models.features import Tables
+from models.loading import Calibration
+from models.probe import probe
+from models.projection import Projections
+from models.scoring_model import ScoringModel
+from models.template import Template
+from training.data.dataset import Dataset
+from training.data.history import Histories, build_histories
+from training.evaluate import Scorer, cold_rows, fit_calibration, judge, score_split
+from training.examples import Examples
+from training.report import stage_report
+from training.run import Run, read_tensors, write_tensors
+from training.stages.adapt import adapt, distil_items
+from training.stages.align import Collab, align
+from training.stages.pretrain import pretrain
+from training.stages.project import initial_projections, project
+
+TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stands before stage 2: the adapted language model and the data as examples."""
+
+    source: str | Path
+    adapter: Path
+    base_id: str
+    backbone: Backbone
+    examples: Examples
+    semantic_ID: Tensor
+
+
+def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -> dict[str, Any]:
+    """Train every stage and write the bundle; returns its validation report.
+
+    Raises:
+        BundleError: something is already at `out`.
+        RunError: the run folder holds another run.
+    """
+    if out.exists():
+        raise BundleError(f"{out} already exists; choose another path or remove it")
+    dataset = Dataset(dataset.items, {name: dataset.splits[name] for name in ("train", "valid")})
+    run.claim(_identity(run, dataset, backbone), resume=resume)
+    histories = build_histories(dataset)
+    prepared = prepare(run, dataset, histories, backbone)
+    collab = align(run, prepared.examples, prepared.semantic_ID)
+    tables, projections, report = _projected(run, prepared, collab)
+    if run.is_main:
+        scorer = _scorer(run, prepared, histories, collab, tables, projections)
+        raw_B = score_split(scorer, dataset, histories, "valid", run.config.max_tokens)
+        calibration = fit_calibration(raw_B, dataset.splits["valid"]["label"].to_numpy())
+        report |= judge(calibration(raw_B), dataset, histories, "valid", scorer.tables)
+        _write(run, out, prepared, scorer, projections, calibration, dataset, report, raw_B)
+    run.accelerator.wait_for_everyone()
+    return report
+
+
+def prepare(run: Run, dataset: Dataset, histories: Histories, backbone: str) -> Prepared:
+    """Take or make the backbone, train its adapter, merge the two, and distil every item."""
+    source: str | Path = pretrain(run, dataset, histories) if backbone == TINY else backbone
+    base = load_backbone(source, device=str(run.device))
+    base_id = base.weights_id()
+    longest = run.config.template.history_tokens + 128
+    run.say(f"backbone {backbone}: packed scores equal its own to {probe(base, longest):.1g} logits")
+    examples = Examples(dataset, histories, Template(run.config.template, base.encoder))
+    del base
+    adapter = adapt(run, examples, source)
+    merged = load_merged(source, adapter, dtype=DTYPES[run.config.dtype], device=str(run.device))
+    return Prepared(source, adapter, base_id, merged, examples, distil_items(run, examples, merged))
+
+
+def _projected(run: Run, prepared: Prepared, collab: Collab) -> tuple[dict[str, Tensor], Projections, dict[str, Any]]:
+    """Run stage 3, or take what it left."""
+    path = run.folder / "project_result.safetensors"
+    projections = initial_projections(run, prepared.backbone, collab)
+    if not path.exists():
+        result = project(run, prepared.examples, prepared.backbone, collab, projections)
+        report = stage_report(run, prepared.examples, collab, result)
+        named = {f"projections.{name}": one for name, one in result.projections.state_dict().items()}
+        if run.is_main:
+            write_tensors(run.folder / "project_valid.safetensors", {"logits": torch.from_numpy(result.valid_logits_B)})
+            write_tensors(path, result.tables | named, report)
+        run.accelerator.wait_for_everyone()
+    tensors, report = read_tensors(path)
+    prefix = "projections."
+    projections.load_state_dict(
+        {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+    )
+    return {name: one for name, one in tensors.items() if not name.startswith(prefix)}, projections, report
+
+
+def _scorer(
+    run: Run,
+    prepared: Prepared,
+    histories: Histories,
+    collab: Collab,
+    tables: dict[str, Tensor],
+    projections: Projections,
+) -> Scorer:
+    """Put the trained parts together as the bundle will hold them."""
+    items = prepared.examples.dataset.items
+    size = run.config.template.max_history
+    liked = [histories.positives_of(code) for code in range(len(histories.user_ids))]
+    item_ids = items["item_id"].to_list()
+    served = Tables(
+        user_ids=histories.user_ids.to_list(),
+        item_ids=item_ids,
+        titles=items["title"].to_list(),
+        user_trained_U=collab.user_trained_U.numpy(),
+        item_trained_I=collab.item_trained_I.numpy(),
+        histories=[tuple(item_ids[row] for row in rows[max(0, len(rows) - size) :]) for rows in liked],
+        history_totals=[len(rows) for rows in liked],
+        user_vectors_UC=tables["user_vectors"].numpy(),
+        item_vectors_IC=tables["item_vectors"].numpy(),
+        fold_vectors_IC=collab.item_vectors_IC.numpy(),
+        semantic_ID=tables["semantic"].numpy(),
+        prior=collab.prior,
+        text_map=collab.text_map,
+    )
+    assembler = Assembler(prepared.examples.template, collab.prior)
+    return Scorer(ScoringModel(prepared.backbone, projections), served, assembler)
+
+
+def _write(
+    run: Run,
+    out: Path,
+    prepared: Prepared,
+    scorer: Scorer,
+    projections: Projections,
+    calibration: Calibration,
+    dataset: Dataset,
+    report: dict[str, Any],
+    raw_B: np.ndarray,
+) -> None:
+    tables, config = scorer.tables, run.config
+    inside = prepared.source == run.folder / "backbone"
+
+    def fill(folder: Path) -> None:
+        copy_tree(prepared.adapter, folder / "adapter")
+        if inside:
+            copy_tree(run.folder / "backbone", folder / "backbone")
+        _write_tables(folder, tables)
+        save_file(projections.cpu().state_dict(), folder / "projection.safetensors")
+        (folder / "calibration.json").write_text(calibration.model_dump_json(indent=2) + "\n")
+
+    def manifest(files: dict[str, FileEntry]) -> Manifest:
+        d_collab, d_hidden, d_model = projections.sizes
+        answers = prepared.backbone.answers
+        return Manifest(
+            created_by=f"sella {version('sella')}",
+            backbone=BackboneEntry(
+                source="backbone" if inside else str(prepared.source),
+                base_id=prepared.base_id,
+                merged_id=merged_id(prepared.base_id, prepared.adapter, config.dtype),
+                dtype=config.dtype,
+                yes_id=answers.yes,
+                no_id=answers.no,
+            ),
+            template=config.template,
+            dimensions=Dimensions(
+                d_collab=d_collab,
+                d_hidden=d_hidden,
+                d_model=d_model,
+                users=len(tables.user_ids),
+                items=len(tables.item_ids),
+            ),
+            data_fingerprint=dataset.fingerprint(),
+            training=config.model_dump(mode="json"),
+            seed=config.seed,
+            metrics=report,
+            reference=_reference(scorer, dataset, calibration, raw_B),
+            files=files,
+        )
+
+    write_bundle(out, manifest, fill)
+
+
+def _write_tables(folder: Path, tables: Tables) -> None:
+    pl.DataFrame(
+        {
+            "user_id": tables.user_ids,
+            "trained": tables.user_trained_U,
+            "history": pl.Series([list(one) for one in tables.histories], dtype=pl.List(pl.String)),
+            "history_total": pl.Series(tables.history_totals, dtype=pl.Int64),
+        }
+    ).write_parquet(folder / "users.parquet")
+    pl.DataFrame({"item_id": tables.item_ids, "title": tables.titles, "trained": tables.item_trained_I}).write_parquet(
+        folder / "items.parquet"
+    )
+    save_file(
+        _tensors(
+            user_vectors=tables.user_vectors_UC,
+            item_vectors=tables.item_vectors_IC,
+            fold_vectors=tables.fold_vectors_IC,
+            prior_mean=tables.prior.mean_C,
+            prior_covariance=tables.prior.covariance_CC,
+        ),
+        folder / "collab.safetensors",
+    )
+    save_file(
+        _tensors(
+            vectors=tables.semantic_ID,
+            map_center=tables.text_map.center_D,
+            map_weight=tables.text_map.weight_DC,
+            map_offset=tables.text_map.offset_C,
+        ),
+        folder / "semantic.safetensors",
+    )
+    (folder / "fold_in.json").write_text(
+        json.dumps({"target": tables.prior.target, "noise": tables.prior.noise}, indent=2) + "\n"
+    )
+
+
+def _tensors(**arrays: np.ndarray) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(one)).clone() for name, one in arrays.items()}
+
+
+def _reference(scorer: Scorer, dataset: Dataset, calibration: Calibration, raw_B: np.ndarray) -> dict[str, Any]:
+    """Describe the validation split's scores and inputs, for the service to compare its traffic with."""
+    tables = scorer.tables
+    cold_user_B, cold_item_B = cold_rows(dataset, "valid", tables)
+    deciles = np.linspace(0, 1, 11)
+    return {
+        "score_deciles": [round(float(one), 6) for one in np.quantile(calibration(raw_B), deciles)],
+        "cold_user_rate": float(cold_user_B.mean()),
+        "cold_item_rate": float(cold_item_B.mean()),
+        "history_length_deciles": [float(one) for one in np.quantile(np.array(tables.history_totals), deciles)],
+    }
+
+
+def _identity(run: Run, dataset: Dataset, backbone: str) -> dict[str, Any]:
+    return {"data": dataset.fingerprint(), "backbone": backbone, "configuration": run.config.model_dump(mode="json")}

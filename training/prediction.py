@@ -1,0 +1,43 @@
+"""Validation inside a stage: the logits of a split's targets under the model being trained.
+
+Shapes: B rows of a split, K targets of a forward.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.packed import Pack
+from models.template import PromptKind
+from training.examples import Examples, Int32, Targets, forwards
+from training.metrics import Floats, auc, uauc
+from training.run import Run
+
+Forward = Callable[[Sequence[tuple[Pack, Int32]]], Tensor]
+
+
+@torch.no_grad()
+def predict(run: Run, examples: Examples, kind: PromptKind, targets: Targets, forward: Forward) -> Floats:
+    """Return the logit of every target of a split, `(B,)`; 0 for rows that are in no group. Shared by processes."""
+    logits_B = torch.zeros(len(targets), dtype=torch.float64)
+    packs = [(examples.pack(kind, targets, rows), rows) for rows in targets.groups]
+    for batch in run.share(list(forwards(packs, run.config.max_tokens))):
+        rows = np.concatenate([part for _, part in batch])
+        logits_B[rows] = forward(batch).detach().double().cpu()
+    predicted: Floats = run.sum(logits_B.to(run.device)).cpu().numpy()
+    return predicted
+
+
+def figures(logits_B: Floats, targets: Targets) -> dict[str, float]:
+    """Return auc, uauc and log_loss of a split's logits."""
+    rows = np.concatenate(targets.groups)
+    logits, labels, users = logits_B[rows], targets.label_B[rows], targets.user_B[rows]
+    loss = np.logaddexp(0.0, np.where(labels > 0, -logits, logits)).mean()
+    area, by_user = auc(logits, labels), uauc(logits, labels, users)
+    return {
+        "auc": 0.5 if area is None else area,
+        "uauc": 0.5 if by_user is None else by_user,
+        "log_loss": float(loss),
+    }

@@ -1,0 +1,129 @@
+"""A training run: where its files are, which processes take part, and how it reports.
+
+The run folder is the memory of a `fit`: every finished stage leaves its result there, and a stage under way its
+checkpoint, so that a killed run resumes where it was.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.config import Config
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used; the message says why and what to do."""
+
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
+class Run:
+    """One `fit`, possibly one process of several."""
+
+    def __init__(self, folder: Path, config: Config, accelerator: Accelerator, console: Console) -> None:
+        self.folder = folder
+        self.config = config
+        self.accelerator = accelerator
+        self.console = console
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and reports."""
+        return bool(self.accelerator.is_main_process)
+
+    def claim(self, identity: dict[str, Any], *, resume: bool) -> None:
+        """Take the run folder for a `fit` of this identity (data, configuration, backbone).
+
+        Raises:
+            RunError: it holds another run, or one that was not asked to resume.
+        """
+        path = self.folder / "run.json"
+        if self.is_main:
+            if path.exists():
+                found = json.loads(path.read_text())
+                changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
+                if not resume:
+                    raise RunError(f"{self.folder} holds an unfinished run; add --resume to go on or remove it")
+                if changed:
+                    raise RunError(f"{self.folder} is a run with another {', '.join(changed)}; remove it to start anew")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, identity)
+        self.accelerator.wait_for_everyone()
+
+    def say(self, text: str) -> None:
+        """Print one line, from the main process alone."""
+        if self.is_main:
+            self.console.print(text)
+
+    def share(self, values: list[Any]) -> list[Any]:
+        """Return this process's share of a list that all processes hold."""
+        return values[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        summed: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return summed
+
+    @contextmanager
+    def progress(self, title: str, total: int, done: int = 0) -> Iterator[Bars]:
+        """Show one bar with the time left; the task's id is 0."""
+        columns = (
+            TextColumn(f"{title:<18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Bars(*columns, console=self.console, disable=not self.is_main) as progress:
+            progress.add_task("", total=total, completed=done)
+            yield progress
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON so that a reader finds the old file or the new one, whole."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    scratch.rename(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any] | None = None) -> None:
+    """Write tensors and a JSON state as one safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    clean = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(clean, scratch, metadata={"state": json.dumps(state or {})})
+    scratch.rename(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        state: dict[str, Any] = json.loads(file.metadata()["state"])
+    return tensors, state

@@ -1,0 +1,1 @@
+"""The training stages: pretrain (tiny only), adapt, align, project."""

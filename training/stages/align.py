@@ -1,0 +1,222 @@
+"""Stage 2: matrix factorisation, aligned with the language model's item vectors (section 4.2, Eqs. 6-9).
+
+Table 1: language model and LoRA frozen; collab vectors, semantic vectors and the collab projection trained. Eq. 6's
+sign and Eq. 8's missing logarithm are the paper's misprints: a squared error is minimised as it is, and InfoNCE is a
+cross-entropy. Eq. 8's denominator pairs the item's projection with every other item's semantic vector; the paper's
+prints both indices alike. It runs in one process: it takes seconds where the other stages take minutes.
+
+Shapes: B pairs, N items of a batch, U users, I items, C = d_C, D = d_L.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.cold import TextMap, UserPrior, fit_text_map
+from models.collab import MatrixFactorization
+from models.projection import CollabProjection
+from training.config import AlignConfig
+from training.examples import Examples, Targets
+from training.loop import StageLoop, derived_seed
+from training.prediction import figures
+from training.run import Run, read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Collab:
+    """What stage 2 leaves: vectors of the trained, ways to make vectors for the rest, and the projection."""
+
+    user_vectors_UC: Tensor  # rows without training data hold the prior mean
+    item_vectors_IC: Tensor  # rows without training data are mapped from text
+    semantic_ID: Tensor  # the distilled vectors, frozen
+    semantic_delta_ID: Tensor  # what alignment taught them; zero without training data
+    user_trained_U: Tensor
+    item_trained_I: Tensor
+    prior: UserPrior
+    text_map: TextMap
+    projection: CollabProjection
+
+
+def align(run: Run, examples: Examples, semantic_ID: Tensor) -> Collab:
+    """Train MF and alignment; finished earlier, the result is taken as it is."""
+    path = run.folder / "align_result.safetensors"
+    if run.is_main and not path.exists():
+        tensors, state = _train(run, examples, semantic_ID)
+        write_tensors(path, tensors, state)
+    run.accelerator.wait_for_everyone()
+    return _result(*read_tensors(path), run.config.align, semantic_ID)
+
+
+def align_loss(projected_ND: Tensor, semantic_ND: Tensor, temperature: float) -> Tensor:
+    """InfoNCE (Eq. 8): each item's projection must find its own semantic vector among those of the batch."""
+    cosines_NN = nn.functional.normalize(projected_ND, dim=-1) @ nn.functional.normalize(semantic_ND, dim=-1).T
+    own = torch.arange(len(cosines_NN), device=cosines_NN.device)
+    return nn.functional.cross_entropy(cosines_NN / temperature, own)
+
+
+def _train(run: Run, examples: Examples, semantic_ID: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+    config = run.config.align
+    train, valid = examples.targets("train", 1), examples.targets("valid", 1)
+    users, items, labels, weights = (
+        torch.from_numpy(one) for one in (train.user_B.astype(np.int64), train.item_B.astype(np.int64), train.label_B,
+                                          train.weight_B)
+    )  # fmt: skip
+    n_users, n_items = len(examples.histories.user_ids), len(semantic_ID)
+    seen_U, seen_I = torch.bincount(users, minlength=n_users) > 0, torch.bincount(items, minlength=n_items) > 0
+    torch.manual_seed(derived_seed(run.config.seed, "align"))
+    mean = float((labels * weights).sum() / weights.sum())
+    factors = MatrixFactorization(n_users, n_items, config.d_collab, mean=mean, std=config.init_std)
+    projection = CollabProjection(config.d_collab, config.d_hidden, semantic_ID.shape[1])
+    delta_ID = nn.Parameter(torch.zeros_like(semantic_ID))
+
+    def evaluate() -> dict[str, float]:
+        return figures(_predict(factors, seen_U, seen_I, valid), valid)
+
+    def plan(rng: np.random.Generator) -> list[Tensor]:
+        return list(torch.from_numpy(rng.permutation(len(labels))).split(config.schedule.batch_targets))
+
+    loop = StageLoop(
+        run, "align", _rates(factors, projection, delta_ID, config), config.schedule, plan, evaluate, serial=True
+    )
+    if not loop.restore():
+        for rows in loop.steps():
+            errors = labels[rows] - factors(users[rows], items[rows])
+            collab = (weights[rows] * errors**2).sum() / weights[rows].sum()  # Eq. 6
+            chosen = items[rows].unique()
+            aligned = align_loss(
+                projection(factors.item_vectors(chosen)), semantic_ID[chosen] + delta_ID[chosen], config.temperature
+            )
+            decay = _decay(factors, config) / len(labels)
+            loop.backward(collab + config.alignment * aligned + decay)  # Eq. 9
+    loop.keep_best()
+    return _finish(run, examples, train, factors, projection, semantic_ID, delta_ID, seen_U, seen_I)
+
+
+def _rates(
+    factors: MatrixFactorization, projection: CollabProjection, delta_ID: nn.Parameter, config: AlignConfig
+) -> list[tuple[dict[str, nn.Parameter], float, float]]:
+    named = dict(factors.named_parameters())
+    biases = {f"factors.{name}": one for name, one in named.items() if "factors" not in name}
+    tables = {f"factors.{name}": one for name, one in named.items() if "factors" in name}
+    projections = {f"projection.{name}": one for name, one in projection.named_parameters()}
+    return [
+        (tables, 1.0, 0.0),
+        (biases, config.bias_rate, 0.0),
+        (projections, 1.0, 0.0),
+        ({"delta": delta_ID}, config.semantic_rate, 0.0),
+    ]
+
+
+def _decay(factors: MatrixFactorization, config: AlignConfig) -> Tensor:
+    """L2 over whole tables, in units of one interaction: a bias decay of 12 is a prior of twelve interactions."""
+    return (
+        config.user_bias_decay * factors.user_bias.square().sum()
+        + config.item_bias_decay * factors.item_bias.square().sum()
+        + config.factor_decay * (factors.user_factors.square().sum() + factors.item_factors.square().sum())
+    )
+
+
+@torch.no_grad()
+def _predict(factors: MatrixFactorization, seen_U: Tensor, seen_I: Tensor, targets: Targets) -> np.ndarray:
+    """Return MF's predictions; who or what was never trained takes the mean of the trained."""
+    users_UC, items_IC = factors.user_vectors(), factors.item_vectors()
+    users_UC[~seen_U] = users_UC[seen_U].mean(0)
+    items_IC[~seen_I] = items_IC[seen_I].mean(0)
+    predicted: np.ndarray = (users_UC[targets.user_B] * items_IC[targets.item_B]).sum(-1).double().numpy()
+    return predicted
+
+
+@torch.no_grad()
+def _finish(
+    run: Run,
+    examples: Examples,
+    train: Targets,
+    factors: MatrixFactorization,
+    projection: CollabProjection,
+    semantic_ID: Tensor,
+    delta_ID: Tensor,
+    seen_U: Tensor,
+    seen_I: Tensor,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Fit the ways to make vectors for what was never trained, and fill the tables' cold rows with them."""
+    users_UC, items_IC = factors.user_vectors(), factors.item_vectors()
+    counts_I = np.bincount(train.item_B, minlength=len(items_IC))
+    trained_I = seen_I.numpy()
+    # An item's vector is as sure as it has interactions, up to where its prior stops mattering.
+    trust = counts_I[trained_I] / (counts_I[trained_I] + run.config.align.item_bias_decay + 1.0)
+    text_map = fit_text_map(semantic_ID.numpy()[trained_I], items_IC.numpy()[trained_I], trust, run.config.align.ridge)
+    items_IC[~seen_I] = torch.from_numpy(text_map(semantic_ID.numpy()[~trained_I]))
+    prior = fit_prior(examples, train, users_UC.numpy(), items_IC.numpy(), seen_U.numpy())
+    users_UC[~seen_U] = torch.from_numpy(prior.mean_C)
+    tensors = {
+        "user_vectors": users_UC,
+        "item_vectors": items_IC,
+        "semantic_delta": delta_ID * seen_I[:, None],
+        "user_trained": seen_U,
+        "item_trained": seen_I,
+        "prior_mean": torch.from_numpy(prior.mean_C),
+        "prior_covariance": torch.from_numpy(prior.covariance_CC),
+        "map_center": torch.from_numpy(text_map.center_D),
+        "map_weight": torch.from_numpy(text_map.weight_DC),
+        "map_offset": torch.from_numpy(text_map.offset_C),
+        **{f"projection.{name}": one for name, one in projection.state_dict().items()},
+    }
+    return tensors, {"target": prior.target, "noise": prior.noise}
+
+
+def fit_prior(
+    examples: Examples,
+    train: Targets,
+    users_UC: np.ndarray,
+    items_IC: np.ndarray,
+    trained_U: np.ndarray,
+    *,
+    targets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.85, 1.0),
+    noises: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0),
+    max_rows: int = 20_000,
+) -> UserPrior:
+    """Fit the Gaussian of trained users, and what a liked item counts as, by folding train users in as if new.
+
+    Each sampled train row is predicted from its own history alone; the pair of target and noise with the least squared
+    error wins.
+    """
+    mean_C = users_UC[trained_U].mean(0).astype(np.float32)
+    covariance_CC = np.atleast_2d(np.cov(users_UC[trained_U].T)).astype(np.float32)
+    rows = np.unique(np.linspace(0, len(train) - 1, min(max_rows, len(train))).astype(int))
+    windows = [items_IC[examples.window(train, row)] for row in rows]
+    best: tuple[float, UserPrior] | None = None
+    for target in targets:
+        for noise in noises:
+            prior = UserPrior(mean_C, covariance_CC, target, noise)
+            folded_BC = np.stack([prior.fold_in(window) for window in windows])
+            errors = train.label_B[rows] - (folded_BC * items_IC[train.item_B[rows]]).sum(-1)
+            error = float(np.average(errors**2, weights=train.weight_B[rows]))
+            if best is None or error < best[0]:
+                best = (error, prior)
+    assert best is not None
+    return best[1]
+
+
+def _result(tensors: dict[str, Tensor], state: dict[str, float], config: AlignConfig, semantic_ID: Tensor) -> Collab:
+    projection = CollabProjection(config.d_collab, config.d_hidden, semantic_ID.shape[1])
+    prefix = "projection."
+    projection.load_state_dict(
+        {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+    )
+    prior = UserPrior(
+        tensors["prior_mean"].numpy(), tensors["prior_covariance"].numpy(), state["target"], state["noise"]
+    )
+    text_map = TextMap(tensors["map_center"].numpy(), tensors["map_weight"].numpy(), tensors["map_offset"].numpy())
+    return Collab(
+        tensors["user_vectors"],
+        tensors["item_vectors"],
+        semantic_ID,
+        tensors["semantic_delta"],
+        tensors["user_trained"],
+        tensors["item_trained"],
+        prior,
+        text_map,
+        projection,
+    )

@@ -1,0 +1,192 @@
+"""Stage 3: both projections and the tables learn to speak to the frozen language model (section 4.3, Eqs. 10-11).
+
+Table 1: language model and LoRA frozen; collab vectors, semantic vectors and both projections trained. Eq. 11's sign
+is a misprint: it is Eq. 5's cross-entropy on Fig. 4's prompt. The cold paths are part of the training: at random, a
+target's user is folded in from its history and its item mapped from its text, so that the language model has seen both.
+
+Shapes: K targets of a forward, B rows, U users, I items, C = d_C, D = d_L.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.packed import Pack, SlotVectors, lay_out, packed_logits
+from models.projection import Projections
+from models.template import PromptKind
+from training.examples import Examples, Int32, Targets, forwards, rows_of, shuffled_steps
+from training.loop import StageLoop, derived_seed
+from training.prediction import figures, predict
+from training.run import Run
+from training.stages.align import Collab
+
+KIND = PromptKind.PROJECT
+
+
+class SlotTables(nn.Module):
+    """The trainable vectors behind the slots, as deltas from stage 2, and their cold substitutes."""
+
+    def __init__(self, collab: Collab) -> None:
+        super().__init__()
+        self.register_buffer("users_UC", collab.user_vectors_UC)
+        self.register_buffer("items_IC", collab.item_vectors_IC)
+        self.register_buffer("semantic_ID", collab.semantic_ID)
+        self.register_buffer("cold_items_IC", torch.from_numpy(collab.text_map(collab.semantic_ID.numpy())))
+        self.register_buffer("user_trained_U", collab.user_trained_U)
+        self.register_buffer("item_trained_I", collab.item_trained_I)
+        self.user_delta_UC = nn.Parameter(torch.zeros_like(collab.user_vectors_UC))
+        self.item_delta_IC = nn.Parameter(torch.zeros_like(collab.item_vectors_IC))
+        self.semantic_delta_ID = nn.Parameter(collab.semantic_delta_ID.clone())
+
+    users_UC: Tensor
+    items_IC: Tensor
+    semantic_ID: Tensor
+    cold_items_IC: Tensor
+    user_trained_U: Tensor
+    item_trained_I: Tensor
+
+    def vectors(
+        self, users_K: Tensor, items_K: Tensor, folded_KC: Tensor, cold_user_K: Tensor, cold_item_K: Tensor
+    ) -> SlotVectors:
+        """Return the vectors of K targets; cold ones, by data or by choice, get their substitutes."""
+        cold_user_K1 = (cold_user_K | ~self.user_trained_U[users_K])[:, None]
+        cold_item_K1 = (cold_item_K | ~self.item_trained_I[items_K])[:, None]
+        users = torch.where(cold_user_K1, folded_KC, self.users_UC[users_K] + self.user_delta_UC[users_K])
+        items = torch.where(
+            cold_item_K1, self.cold_items_IC[items_K], self.items_IC[items_K] + self.item_delta_IC[items_K]
+        )
+        semantic = self.semantic_ID[items_K] + torch.where(cold_item_K1, 0.0, self.semantic_delta_ID[items_K])
+        return SlotVectors(users, items, semantic)
+
+    @torch.no_grad()
+    def final(self) -> dict[str, Tensor]:
+        """Return the tables as they are served, cold rows filled with their substitutes."""
+        trained_I1 = self.item_trained_I[:, None]
+        return {
+            "user_vectors": self.users_UC + self.user_delta_UC * self.user_trained_U[:, None],
+            "item_vectors": torch.where(trained_I1, self.items_IC + self.item_delta_IC, self.cold_items_IC),
+            "semantic": self.semantic_ID + self.semantic_delta_ID * trained_I1,
+        }
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What stage 3 leaves: the tables, the projections, and its validation logits."""
+
+    tables: dict[str, Tensor]
+    projections: Projections
+    valid_logits_B: np.ndarray
+    evaluations: list[dict[str, float]]
+
+
+def initial_projections(run: Run, backbone: Backbone, collab: Collab, *, fresh_collab: bool = False) -> Projections:
+    """Return the projections stage 3 starts from: stage 2's for collab (or a fresh one), a random one for warm.
+
+    Both are scaled so that a projected vector is as long as a token's embedding: longer, it would drown the prompt's
+    words in the first layers; shorter, it would not be heard.
+    """
+    torch.manual_seed(derived_seed(run.config.seed, "projections"))
+    config = run.config.align
+    projections = Projections(config.d_collab, config.d_hidden, backbone.d_model)
+    if not fresh_collab:
+        projections.collab.load_state_dict(collab.projection.state_dict())
+    users = collab.user_vectors_UC[collab.user_trained_U]
+    items = collab.item_vectors_IC[collab.item_trained_I]
+    projections.collab.standardize(users, items)
+    norm = run.config.project.slot_scale * backbone.embedding_norm()
+    projections.collab.rescale(items, norm)
+    projections.warm.rescale(collab.semantic_ID, norm)
+    return projections
+
+
+@dataclass(frozen=True)
+class SlotForward:
+    """Stage 3's forward: packed prompts of Fig. 4 with the tables' vectors in their slots."""
+
+    run: Run
+    backbone: Backbone
+    projections: Projections
+    tables: SlotTables
+    folded: dict[str, Tensor]  # split -> each row's user as if never trained, (B, C)
+
+    def __call__(self, targets: Targets, batch: Sequence[tuple[Pack, Int32]], cold_B2: Tensor | None = None) -> Tensor:
+        """Return the logits of a batch, `(K,)`; `cold_B2` says whose user and item vectors are replaced."""
+        rows, device = rows_of(batch), self.run.device
+        cold_K2 = torch.zeros(len(rows), 2, dtype=torch.bool) if cold_B2 is None else cold_B2[rows]
+        vectors = self.tables.vectors(
+            torch.from_numpy(targets.user_B[rows]).long().to(device),
+            torch.from_numpy(targets.item_B[rows]).long().to(device),
+            self.folded[targets.split][rows].to(device),
+            *cold_K2.to(device).unbind(-1),
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.autocast):
+            layout = lay_out([pack for pack, _ in batch]).to(device)
+            return packed_logits(self.backbone, layout, self.projections, vectors)
+
+    def predict(self, examples: Examples, targets: Targets) -> np.ndarray:
+        """Return the logits of a split's targets, `(B,)`."""
+        return predict(self.run, examples, KIND, targets, lambda batch: self(targets, batch))
+
+
+def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, projections: Projections) -> Projected:
+    """Train projections and tables on Fig. 4's prompt."""
+    config = run.config.project
+    train = examples.targets("train", run.config.max_targets)
+    valid = examples.targets("valid", run.config.max_targets)
+    judged = valid.limited(run.config.validation_rows)
+    folded = {targets.split: folded_users(examples, targets, collab) for targets in (train, valid)}
+    tables = SlotTables(collab).to(run.device)
+    forward = SlotForward(run, backbone, projections.to(run.device), tables, folded)
+    labels_B, weights_B = torch.from_numpy(train.label_B), torch.from_numpy(train.weight_B)
+
+    def evaluate() -> dict[str, float]:
+        return figures(forward.predict(examples, judged), judged)
+
+    def plan(rng: np.random.Generator) -> list[tuple[list[Int32], Tensor]]:
+        steps = shuffled_steps(train, config.schedule.batch_targets, rng)
+        share = torch.tensor([config.cold_users, config.cold_items])
+        cold_B2 = torch.from_numpy(rng.random((len(train), 2), dtype=np.float32)) < share
+        return [(groups, cold_B2) for groups in steps]
+
+    loop = StageLoop(run, "project", _rates(tables, projections, run), config.schedule, plan, evaluate)
+    if not loop.restore():
+        for groups, cold_B2 in loop.steps():
+            total = float(weights_B[np.concatenate(groups)].sum())
+            packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]
+            for batch in run.share(list(forwards(packs, run.config.max_tokens))):
+                rows = rows_of(batch)
+                losses = nn.functional.binary_cross_entropy_with_logits(
+                    forward(train, batch, cold_B2),
+                    labels_B[rows].to(run.device),
+                    weights_B[rows].to(run.device),
+                    reduction="sum",
+                )  # Eq. 11, its sign corrected
+                loop.backward(losses / total)
+    loop.keep_best()
+    logits_B = forward.predict(examples, valid)
+    final = {name: tensor.cpu() for name, tensor in tables.final().items()}
+    return Projected(final, projections.cpu(), logits_B, loop.evaluations)
+
+
+def folded_users(examples: Examples, targets: Targets, collab: Collab) -> Tensor:
+    """Return every target's user as if never trained, folded in from its window, `(B, C)`."""
+    items_IC = collab.item_vectors_IC.numpy()
+    folded = np.empty((len(targets), items_IC.shape[1]), np.float32)
+    for row in range(len(targets)):
+        folded[row] = collab.prior.fold_in(items_IC[examples.window(targets, row)])
+    return torch.from_numpy(folded)
+
+
+def _rates(
+    tables: SlotTables, projections: Projections, run: Run
+) -> list[tuple[dict[str, nn.Parameter], float, float]]:
+    config = run.config.project
+    return [
+        ({f"projections.{name}": one for name, one in projections.named_parameters()}, 1.0,
+         config.schedule.weight_decay),
+        ({f"tables.{name}": one for name, one in tables.named_parameters()}, config.table_rate, config.table_decay),
+    ]  # fmt: skip

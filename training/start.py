@@ -1,0 +1,65 @@
+"""What the commands begin with: data read, a run set up, a bundle opened."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from transformers.utils import logging as transformers_logging
+
+from models.backbone import DTYPES
+from models.loading import Bundle
+from training.config import Config, ConfigError
+from training.data.dataset import Dataset, load_dataset
+from training.data.split import SplitRule
+from training.evaluate import Scorer
+from training.run import Progress, Run
+
+
+def new_run(folder: Path, config: Config) -> Run:
+    """Set up this process's part of a run; `torchrun` or `accelerate launch` decide how many there are.
+
+    On a CPU it takes `torchrun --nproc_per_node N`: `accelerate launch --cpu` starts one process, whatever it is asked.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    return Run(folder, config, accelerator, Console() if Console().is_terminal else Console(width=120))
+
+
+def read_data(
+    folder: Path, positive_above: float | None, split_by: str | None, require: Sequence[str] = ("train", "valid")
+) -> Dataset:
+    """Read a data folder with the options of the command line."""
+    split = None if split_by is None else SplitRule.parse(split_by)
+    return load_dataset(folder, positive_above=positive_above, split=split, require=require)
+
+
+def open_scorer(folder: Path, device: str, dtype: str | None) -> tuple[Bundle, Scorer]:
+    """Open a bundle and load its parts; on the GPU where there is one.
+
+    Raises:
+        BundleError, BackboneError: it cannot be used.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    bundle = Bundle.open(folder)
+    tables = bundle.tables()
+    model = bundle.model(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
+    return bundle, Scorer(model, tables, bundle.assembler(model.backbone.encoder, tables))
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Show a bar on stderr, so that standard output holds the result alone."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
