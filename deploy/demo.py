@@ -54,7 +54,7 @@ def make_bundle() -> None:
     if (BUNDLE / "manifest.json").exists():
         print(f"using the bundle in {BUNDLE.relative_to(BUNDLES.parent)}")
         return
-    print("2/3 training: a stand-in language model of 5 M parameters, then SeLLa-Rec's three stages")
+    print("2/3 training: a small stand-in for a language model, then SeLLa-Rec's three stages")
     command = [BIN / "sella-train", "fit", "--data", DATA, "--backbone", "tiny", "--config", "demo", "--out", BUNDLE]
     subprocess.run([*command, "--resume"], check=True)
 

@@ -22,7 +22,7 @@ from models.features import Floats, Tables
 from models.probe import probe
 from models.projection import Projections
 from models.scoring_model import ScoringModel
-from models.template import Template
+from models.template import Template, window_start
 from models.tokens import TextEncoder
 
 
@@ -70,6 +70,7 @@ class Bundle:
         collab = _map_tensors(self.folder / "collab.safetensors")
         semantic = _map_tensors(self.folder / "semantic.safetensors")
         fold = json.loads((self.folder / "fold_in.json").read_text())
+        self._check_histories(users)
         return Tables(
             user_ids=users["user_id"].to_list(),
             item_ids=items["item_id"].to_list(),
@@ -85,6 +86,17 @@ class Bundle:
             prior=UserPrior(collab["prior_mean"], collab["prior_covariance"], fold["target"], fold["noise"]),
             text_map=TextMap(semantic["map_center"], semantic["map_weight"], semantic["map_offset"]),
         )
+
+    def _check_histories(self, users: pl.DataFrame) -> None:
+        """Raise BundleError where a stored history is too short for the template's window."""
+        rows = zip(users["user_id"], users["history"].list.len(), users["history_total"], strict=True)
+        for user_id, stored, total in rows:
+            wanted = total - window_start(total, self.manifest.template)
+            if stored < wanted:
+                raise BundleError(
+                    f"{self.folder / 'users.parquet'}: user {user_id!r} has {stored} stored items; the window needs"
+                    f" {wanted}"
+                )
 
     def calibration(self) -> Calibration:
         """Load the calibration of `score`."""

@@ -3,8 +3,9 @@
 Shapes: K candidates, D = d_L.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.assembly import ScoringGroup
 from models.backbone import Backbone
-from models.packed import Branch, Pack, SlotVectors, lay_out, packed_logits, split_pack
+from models.packed import Branch, Pack, SlotVectors, lay_out, packed_logits
 from models.projection import Projections
 from models.template import Segment
 
@@ -40,12 +41,13 @@ class ScoringModel:
             NotFiniteError: a score is not finite; names the group.
         """
         probabilities = [np.empty(len(group.pack.branches), np.float32) for group in groups]
-        for parts in _batches(groups, max_tokens):
-            logits = self._forward([part for _, part, _ in parts]).sigmoid().cpu().numpy()
+        parts = chain.from_iterable(map(_parts, groups, probabilities, repeat(max_tokens)))
+        for batch in _batches(parts, max_tokens):
+            scores = self._forward([part.scored for part in batch]).sigmoid().cpu().numpy()
             start = 0
-            for index, part, where in parts:
-                end = start + len(part.pack.branches)
-                probabilities[index][where.start : where.stop] = logits[start:end]
+            for part in batch:
+                end = start + len(part.probabilities_K)
+                part.probabilities_K[:] = scores[start:end]
                 start = end
         for index, scores in enumerate(probabilities):
             if not np.isfinite(scores).all():
@@ -87,30 +89,29 @@ def distil(backbone: Backbone, prompts: Sequence[Segment], max_tokens: int = 409
     return out
 
 
-def _batches(groups: Sequence[ScoringGroup], max_tokens: int) -> list[list[tuple[int, ScoringGroup, range]]]:
-    """Cut groups into parts under the budget and fill forwards with parts of like length."""
-    parts = [
-        (index, _part(group, pack.branches, where), where)
-        for index, group in enumerate(groups)
-        for pack, where in split_pack(group.pack, max_tokens)
-    ]
-    parts.sort(key=lambda part: part[1].pack.tokens)
-    batches: list[list[tuple[int, ScoringGroup, range]]] = []
-    for part in parts:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a group, and where its scores go."""
+
+    scored: ScoringGroup
+    probabilities_K: Floats  # a view into the group's own
+
+
+def _batches(parts: Iterable[_Part], max_tokens: int) -> list[list[_Part]]:
+    """Fill forwards with parts of like length."""
+    batches: list[list[_Part]] = []
+    for part in sorted(parts, key=lambda part: part.scored.pack.tokens):
         # Sorted by length, so a batch costs its newest part's tokens times its rows.
-        if batches and (len(batches[-1]) + 1) * part[1].pack.tokens <= max_tokens:
+        if batches and (len(batches[-1]) + 1) * part.scored.pack.tokens <= max_tokens:
             batches[-1].append(part)
         else:
             batches.append([part])
     return batches
 
 
-def _part(group: ScoringGroup, branches: tuple[Branch, ...], where: range) -> ScoringGroup:
-    if len(where) == len(group.pack.branches):
-        return group
-    return replace(
-        group,
-        pack=replace(group.pack, branches=branches),
-        item_KC=group.item_KC[where.start : where.stop],
-        semantic_KD=group.semantic_KD[where.start : where.stop],
-    )
+def _parts(group: ScoringGroup, probabilities_K: Floats, max_tokens: int) -> Iterator[_Part]:
+    start = 0
+    for part in group.parts(max_tokens):
+        end = start + len(part.pack.branches)
+        yield _Part(part, probabilities_K[start:end])
+        start = end

@@ -7,13 +7,12 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from models.assembly import ScoringGroup
 from models.features import Floats
-from models.packed import split_pack
 from models.template import Segment
 from service.engines.protocol import DistilJob, Engine, EngineError, Job, JobFailedError, Outcome, ScoreJob
 
@@ -86,7 +85,7 @@ class Batcher:
             DeadlineExceededError: not computed in time.
             EngineError: the engine is gone, or a group failed.
         """
-        parts = [list(_split(group, self._limits.batch_tokens)) for group in groups]
+        parts = [list(group.parts(self._limits.batch_tokens)) for group in groups]
         entries = [
             self._entry(ScoreJob(next(self._ids), deadline, part), part.pack.tokens)
             for group_parts in parts
@@ -219,16 +218,6 @@ class Batcher:
         for entry, outcome in zip(batch, outcomes, strict=True):
             if not entry.outcome.done():
                 entry.outcome.set_result(outcome)
-
-
-def _split(group: ScoringGroup, max_tokens: int) -> Iterator[ScoringGroup]:
-    for pack, where in split_pack(group.pack, max_tokens):
-        yield replace(
-            group,
-            pack=pack,
-            item_KC=group.item_KC[where.start : where.stop],
-            semantic_KD=group.semantic_KD[where.start : where.stop],
-        )
 
 
 def _chunks(prompts: Sequence[Segment], max_tokens: int) -> Iterator[tuple[Segment, ...]]:
