@@ -23,7 +23,7 @@ READING = {
     **MICRO["tiny"],
     "d_model": 64,
     "reading_groups": 12,
-    "schedule": {"epochs": 6, "learning_rate": 0.004, "batch_targets": 8},
+    "schedule": {"epochs": 12, "learning_rate": 0.002, "batch_targets": 8},
 }
 
 
