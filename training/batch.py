@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from models.assembly import history_window
 from models.features import ItemFeatures
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
@@ -145,10 +144,7 @@ def _score_part(
     for start in range(0, len(waiting), GROUPS_AT_ONCE):
         groups = []
         for user_id, rows in waiting[start : start + GROUPS_AT_ONCE]:
-            user = scorer.tables.user(user_id)
-            total = user.history_total if user else 0
-            window = history_window(user.history if user else (), total, scorer.assembler.template)
-            assembled = scorer.assembler.user(user, [_stored(scorer, one) for one in window], total)
+            assembled = scorer.stored_user(user_id)
             for row in rows:
                 cold_user[row] = assembled.cold
             groups.append(scorer.assembler.group(assembled, [known[items[row]] for row in rows]))
@@ -196,10 +192,3 @@ def _items(
                 " 'title' column, or leave such pairs without a score by --on-unknown skip"
             )
     return scorer.items(wanted)
-
-
-def _stored(scorer: Scorer, item_id: str) -> ItemFeatures:
-    item = scorer.tables.item(item_id)
-    if item is None:
-        raise DataError(f"the bundle's stored history names item {item_id!r}, which its catalogue lacks")
-    return item

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.assembly import Assembler, ScoringGroup
-from models.features import Floats, ItemFeatures, Tables
+from models.assembly import AssembledUser, Assembler, ScoringGroup, history_window
+from models.features import Floats, ItemFeatures, Tables, UserFeatures
+from models.ids import IdError
 from models.loading import Calibration
 from models.scoring_model import ScoringModel
 from models.template import window_start
@@ -45,6 +46,25 @@ class Scorer:
             for item_id, semantic_D in zip(unseen, self.model.distil(prompts), strict=True):
                 found[item_id] = self.tables.unseen_item(item_id, titles[item_id], semantic_D)
         return found
+
+    def stored_user(self, user_id: str) -> AssembledUser:
+        """Assemble a user under the bundle's stored history; one the bundle has never heard of has none."""
+        user = self.tables.user(user_id)
+        return self.user(user, user.history if user else (), user.history_total if user else 0)
+
+    def user(self, user: UserFeatures | None, history: Sequence[str], total: int) -> AssembledUser:
+        """Assemble a user under the tail of a history of `total` catalogue items.
+
+        Raises:
+            IdError: an item in the window is not in the catalogue.
+        """
+        window = []
+        for item_id in history_window(history, total, self.assembler.template):
+            item = self.tables.item(item_id)
+            if item is None:
+                raise IdError(f"history item {item_id!r} is not in the bundle's catalogue; leave it out")
+            window.append(item)
+        return self.assembler.user(user, window, total)
 
 
 def score_split(

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from models.packed import Branch, Pack
 from models.template import PromptKind, Segment, Template, Title, window_start
@@ -110,6 +112,17 @@ def _groups(user_B: Int32, first_B: Int32, end_B: Int32, max_targets: int) -> It
     for run in np.split(order, np.flatnonzero(changes) + 1):
         for start in range(0, len(run), max_targets):
             yield run[start : start + max_targets].astype(np.int32)
+
+
+def answer_loss(logits_K: Tensor, targets: Targets, rows_K: Int32) -> Tensor:
+    """Return the weighted cross-entropy of the answers, summed over a forward's targets (Eq. 5; Eq. 11 sign corrected).
+
+    The softmax of two logits is the sigmoid of their difference.
+    """
+    labels_K, weights_K = torch.from_numpy(targets.label_B[rows_K]), torch.from_numpy(targets.weight_B[rows_K])
+    return nn.functional.binary_cross_entropy_with_logits(
+        logits_K, labels_K.to(logits_K.device), weights_K.to(logits_K.device), reduction="sum"
+    )
 
 
 def shuffled_steps(targets: Targets, batch_targets: int, rng: np.random.Generator) -> list[list[Int32]]:

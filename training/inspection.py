@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from models.assembly import history_window
 from models.bundle import Manifest
 from models.features import ItemFeatures
 from models.ids import IdError, canonical_id
@@ -29,14 +28,11 @@ def describe_prompt(
     Raises:
         IdError: an item that is not in the catalogue and came without a title.
     """
-    user = scorer.tables.user(canonical_id(user_id))
     if history is None:
-        liked = list(user.history) if user else []
-        total = user.history_total if user else 0
+        assembled = scorer.stored_user(canonical_id(user_id))
     else:
-        liked, total = [canonical_id(one) for one in history], len(history)
-    window = history_window(liked, total, scorer.assembler.template)
-    assembled = scorer.assembler.user(user, [_item(scorer, one, None) for one in window], total)
+        user = scorer.tables.user(canonical_id(user_id))
+        assembled = scorer.user(user, [canonical_id(one) for one in history], len(history))
     item = _item(scorer, canonical_id(item_id), title)
     group = scorer.assembler.group(assembled, [item])
     prompt = group.pack.trunk + group.pack.branches[0].segment

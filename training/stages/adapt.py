@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backbone import DTYPES, Backbone, load_backbone
 from models.packed import Pack, lay_out, packed_logits
 from models.scoring_model import distil
 from models.template import PromptKind
-from training.examples import Examples, Int32, forwards, rows_of, shuffled_steps
+from training.examples import Examples, Int32, answer_loss, forwards, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures, predict
 from training.run import Run, read_tensors, write_json, write_tensors
@@ -37,7 +37,6 @@ def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
     train = examples.targets("train", run.config.max_targets)
     valid = examples.targets("valid", run.config.max_targets)
     judged = valid.limited(run.config.validation_rows)
-    labels_B, weights_B = torch.from_numpy(train.label_B), torch.from_numpy(train.weight_B)
 
     def forward(batch: Sequence[tuple[Pack, Int32]]) -> Tensor:
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.autocast):
@@ -56,14 +55,11 @@ def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
     if not loop.restore():
         for groups in loop.steps():
             backbone.model.train()
-            total = float(weights_B[np.concatenate(groups)].sum())
+            total = float(train.weight_B[np.concatenate(groups)].sum())
             packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]
             for batch in run.share(list(forwards(packs, run.config.max_tokens))):
-                rows = rows_of(batch)
-                losses = nn.functional.binary_cross_entropy_with_logits(
-                    forward(batch), labels_B[rows].to(run.device), weights_B[rows].to(run.device), reduction="sum"
-                )  # Eq. 5: the softmax of two logits is the sigmoid of their difference
-                loop.backward(losses / total)
+                loss = answer_loss(forward(batch), train, rows_of(batch))
+                loop.backward(loss / total)
     loop.keep_best()
     backbone.model.eval()
     logits_B = predict(run, examples, KIND, valid, forward)

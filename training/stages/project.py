@@ -18,7 +18,7 @@ from models.backbone import Backbone
 from models.packed import Pack, SlotVectors, lay_out, packed_logits
 from models.projection import Projections
 from models.template import PromptKind
-from training.examples import Examples, Int32, Targets, forwards, rows_of, shuffled_steps
+from training.examples import Examples, Int32, Targets, answer_loss, forwards, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures, predict
 from training.run import Run
@@ -141,7 +141,6 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     folded = {targets.split: folded_users(examples, targets, collab) for targets in (train, valid)}
     tables = SlotTables(collab).to(run.device)
     forward = SlotForward(run, backbone, projections.to(run.device), tables, folded)
-    labels_B, weights_B = torch.from_numpy(train.label_B), torch.from_numpy(train.weight_B)
 
     def evaluate() -> dict[str, float]:
         return figures(forward.predict(examples, judged), judged)
@@ -155,17 +154,11 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     loop = StageLoop(run, "project", _rates(tables, projections, run), config.schedule, plan, evaluate)
     if not loop.restore():
         for groups, cold_B2 in loop.steps():
-            total = float(weights_B[np.concatenate(groups)].sum())
+            total = float(train.weight_B[np.concatenate(groups)].sum())
             packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]
             for batch in run.share(list(forwards(packs, run.config.max_tokens))):
-                rows = rows_of(batch)
-                losses = nn.functional.binary_cross_entropy_with_logits(
-                    forward(train, batch, cold_B2),
-                    labels_B[rows].to(run.device),
-                    weights_B[rows].to(run.device),
-                    reduction="sum",
-                )  # Eq. 11, its sign corrected
-                loop.backward(losses / total)
+                loss = answer_loss(forward(train, batch, cold_B2), train, rows_of(batch))
+                loop.backward(loss / total)
     loop.keep_best()
     logits_B = forward.predict(examples, valid)
     final = {name: tensor.cpu() for name, tensor in tables.final().items()}
