@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -102,8 +101,9 @@ def write_bundle(out: Path, manifest: Callable[[dict[str, FileEntry]], Manifest]
     if out.exists():
         raise BundleError(f"{out} already exists; choose another path or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch) / "bundle"
+    folder = out.with_name(f".{out.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)  # left by a writer that was killed
+    try:
         folder.mkdir()
         fill(folder)
         sealed = manifest(_describe(folder)).sealed()
@@ -113,6 +113,8 @@ def write_bundle(out: Path, manifest: Callable[[dict[str, FileEntry]], Manifest]
         _sync(folder)
         folder.rename(out)
         _sync(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> Manifest:

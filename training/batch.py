@@ -95,13 +95,13 @@ def score_pairs(
         raise DataError(f"{out}: give a file that ends in {' or '.join(FORMATS)}")
     if out.exists():
         raise DataError(f"{out} already exists; choose another path or remove it")
+    total = source.rows()
+    if total == 0:
+        raise DataError(f"{pairs.name}: holds no pairs")
     folder = out.with_name(f"{out.name}.parts")
     _claim(folder, {"bundle": bundle.id, "pairs": str(pairs.resolve()), "modified": pairs.stat().st_mtime_ns,
                     "chunk": chunk, "skip": skip_unknown,
                     "dtype": str(scorer.model.backbone.dtype)})  # fmt: skip
-    total = source.rows()
-    if total == 0:
-        raise DataError(f"{pairs.name}: holds no pairs")
     for index, (first, part) in enumerate(source.parts(chunk)):
         path = folder / f"{index:08d}.parquet"
         if not path.exists():
@@ -185,7 +185,12 @@ def _items(
         if scorer.tables.item(item_id) is not None:
             wanted[item_id] = ""
         elif isinstance(title, str) and title.strip():
-            wanted[item_id] = " ".join(title.split())
+            clean = " ".join(title.split())
+            if wanted.setdefault(item_id, clean) != clean:
+                raise DataError(
+                    f"{file}: column 'title', row {first + row + 1}: {item_id!r} is {clean!r} here and"
+                    f" {wanted[item_id]!r} above; give an unknown item one title"
+                )
         elif not skip_unknown:
             raise DataError(
                 f"{file}: column 'item_id', row {first + row + 1}: {item_id!r} is not in the bundle's catalogue; add a"

@@ -44,7 +44,8 @@ class TinyConfig(_Frozen):
     heads: int = Field(4, ge=1)
     key_value_heads: int = Field(2, ge=1)
     sequence_tokens: int = Field(256, ge=32)
-    reading_groups: int = Field(4, ge=1, description="packs a step that teach it to read the slots (pretrain.py)")
+    min_steps: int = Field(250, ge=0, description="more epochs where they have fewer: reading the slots takes these")
+    question_groups: int = Field(4, ge=1, description="packs a step that teach it to answer (pretrain.py)")
     schedule: ScheduleConfig = ScheduleConfig(epochs=5, learning_rate=2e-3, weight_decay=0.05, batch_targets=16)
 
 
@@ -54,7 +55,7 @@ class AdaptConfig(_Frozen):
     rank: int = Field(16, ge=1, description="all linear layers; CoLLM's 8 on two of them learns less on Qwen2")
     alpha: int = Field(32, ge=1, description="twice the rank, the usual scale")
     dropout: float = Field(0.0, ge=0, lt=1, description="one epoch does not overfit, and on a CPU it costs a third")
-    schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=5e-4, evaluations_per_epoch=2)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=1e-4, evaluations_per_epoch=2)
 
 
 class AlignConfig(_Frozen):

@@ -25,6 +25,7 @@ from models.bundle import (
     Manifest,
     copy_tree,
     merged_id,
+    verify,
     write_bundle,
 )
 from models.features import Tables
@@ -60,16 +61,18 @@ class Prepared:
 
 
 def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -> dict[str, Any]:
-    """Train every stage and write the bundle; returns its validation report.
+    """Train every stage and write the bundle; returns its validation report. A finished run resumes to its report.
 
     Raises:
-        BundleError: something is already at `out`.
+        BundleError: something else is already at `out`.
         RunError: the run folder holds another run.
     """
-    if out.exists():
+    if out.exists() and not (resume and run.claimed):
         raise BundleError(f"{out} already exists; choose another path or remove it")
     dataset = Dataset(dataset.items, {name: dataset.splits[name] for name in ("train", "valid")})
     run.claim(_identity(run, dataset, backbone), resume=resume)
+    if out.exists():
+        return dict(verify(out).metrics)
     histories = build_histories(dataset)
     prepared = prepare(run, dataset, histories, backbone)
     collab = align(run, prepared.examples, prepared.semantic_ID)

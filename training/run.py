@@ -53,6 +53,11 @@ class Run:
         """Whether this process writes and reports."""
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def claimed(self) -> bool:
+        """Whether a `fit` has begun in the run folder."""
+        return (self.folder / "run.json").exists()
+
     def claim(self, identity: dict[str, Any], *, resume: bool) -> None:
         """Take the run folder for a `fit` of this identity (data, configuration, backbone).
 
@@ -61,11 +66,11 @@ class Run:
         """
         path = self.folder / "run.json"
         if self.is_main:
-            if path.exists():
+            if self.claimed:
                 found = json.loads(path.read_text())
                 changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
                 if not resume:
-                    raise RunError(f"{self.folder} holds an unfinished run; add --resume to go on or remove it")
+                    raise RunError(f"{self.folder} holds an earlier run; add --resume to go on with it or remove it")
                 if changed:
                     raise RunError(f"{self.folder} is a run with another {', '.join(changed)}; remove it to start anew")
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -84,3 +84,11 @@ def test_writing_never_replaces_and_a_failed_write_leaves_nothing(bundle: Bundle
     with pytest.raises(RuntimeError, match="disk full"):
         write_bundle(tmp_path / "out", lambda files: bundle.manifest, fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_cleared(bundle: Bundle, tmp_path: Path) -> None:
+    left = tmp_path / ".out.part"
+    left.mkdir()
+    (left / "half").write_text("half")
+    write_bundle(tmp_path / "out", lambda files: bundle.manifest, lambda folder: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "half").exists()

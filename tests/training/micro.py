@@ -19,6 +19,7 @@ MICRO: dict[str, Any] = {
         "heads": 2,
         "key_value_heads": 1,
         "sequence_tokens": 64,
+        "min_steps": 0,
         "schedule": {"epochs": 1, "learning_rate": 0.003, "batch_targets": 16},
     },
     "adapt": {"rank": 4, "alpha": 8, "schedule": {"epochs": 1, "learning_rate": 0.003}},

@@ -197,6 +197,20 @@ def test_pairs_that_cannot_be_used_are_one_clear_line(
     with pytest.raises(DataError, match=message) as caught:
         run(bundle, scorer, tmp_path / name, tmp_path / "out.csv")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_pairs_that_cannot_be_read_leave_nothing(bundle: Bundle, scorer: Scorer, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("user_id,item_id\n")
+    with pytest.raises(DataError, match="no pairs"):
+        run(bundle, scorer, tmp_path / "pairs.csv", tmp_path / "out.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.csv"]
+
+
+def test_an_unknown_item_under_two_titles_is_refused(bundle: Bundle, scorer: Scorer, tmp_path: Path) -> None:
+    rows = {"user_id": ["u", "v", "w"], "item_id": ["new"] * 3, "title": ["A Fog", " A  Fog ", "A Frog"]}
+    with pytest.raises(DataError, match=r"column 'title', row 3: 'new' is 'A Frog' here and 'A Fog' above"):
+        run(bundle, scorer, write(tmp_path / "pairs.csv", rows), tmp_path / "out.csv")
 
 
 def test_a_missing_file_and_a_result_that_exists_are_refused(

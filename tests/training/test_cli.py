@@ -126,6 +126,15 @@ def test_fit_refuses_what_already_exists(trained: Trained, tmp_path: Path) -> No
     assert line == f"error: {trained.bundle} already exists; choose another path or remove it"
 
 
+def test_fit_of_a_finished_run_resumes_to_its_report(trained: Trained, tmp_path: Path) -> None:
+    """A process killed between its last rename and its exit has lost nothing."""
+    options = ("fit", "--data", trained.data, "--out", trained.bundle, "--config", config_file(tmp_path), "--resume")
+    result = sella_train(*options)
+    assert result.exit_code == 0, result.output
+    assert f"{trained.report['all']['auc']['value']:.4f}" in result.stdout
+    assert "another configuration" in refused(*options, "--seed", 5)
+
+
 def test_fit_refuses_a_run_folder_without_resume_and_one_of_another_run_with_it(
     trained: Trained, tmp_path: Path
 ) -> None:

@@ -22,8 +22,9 @@ from training.stages.pretrain import pretrain
 READING = {
     **MICRO["tiny"],
     "d_model": 64,
-    "reading_groups": 12,
-    "schedule": {"epochs": 12, "learning_rate": 0.002, "batch_targets": 8},
+    "question_groups": 12,
+    "min_steps": 150,
+    "schedule": {"epochs": 1, "learning_rate": 0.002, "batch_targets": 8},
 }
 
 

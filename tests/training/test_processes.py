@@ -110,3 +110,4 @@ def test_a_fit_killed_again_and_again_ends_in_the_same_bundle(
     if not out.exists():
         subprocess.run([sys.executable, *FIT, *arguments(data, config, out), "--resume"], env=environment(), check=True)
     assert verify(out).bundle_id == verify(single).bundle_id
+    assert not list(out.parent.glob(".*")), "no scratch is left"

@@ -17,6 +17,7 @@ from training.examples import Examples, forwards
 from training.run import Run, read_tensors
 from training.stages.adapt import adapt
 from training.stages.align import Collab, align
+from training.stages.influence import Influence
 from training.stages.project import KIND, Projected, SlotForward, SlotTables, folded_users, initial_projections, project
 
 Runs = Callable[..., Run]
@@ -155,6 +156,19 @@ def test_cold_targets_get_their_substitutes_and_the_others_their_own(collab: Col
         assert torch.equal(vectors.user_UC[k], folded_KC[k] if cold_user else own_user_C)
         assert torch.equal(vectors.item_KC[k], mapped_IC[item] if cold_item else own_item_C)
         assert torch.equal(vectors.semantic_KD[k], collab.semantic_ID[item] if cold_item else own_semantic_D)
+
+
+def test_what_own_labels_did_is_left_out_of_trained_vectors_alone(collab: Collab) -> None:
+    tables = SlotTables(collab)
+    users_K, items_K = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2])
+    cold_user_K, cold_item_K = torch.tensor([0, 1, 0]).bool(), torch.tensor([0, 0, 1]).bool()
+    width = collab.user_vectors_UC.shape[1]
+    folded_KC, own_label = torch.randn(3, width), Influence(torch.randn(3, width), torch.randn(3, width))
+    whole = tables.vectors(users_K, items_K, folded_KC, cold_user_K, cold_item_K)
+    without = tables.vectors(users_K, items_K, folded_KC, cold_user_K, cold_item_K, own_label)
+    torch.testing.assert_close(without.user_UC, whole.user_UC - own_label.user_BC * ~cold_user_K[:, None])
+    torch.testing.assert_close(without.item_KC, whole.item_KC - own_label.item_BC * ~cold_item_K[:, None])
+    assert torch.equal(without.semantic_KD, whole.semantic_KD)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ target is in it. What comes out is a stand-in that lets the whole path run and b
 model with knowledge.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from models.backbone import Backbone, load_backbone
-from models.packed import Pack, SlotVectors, lay_out, packed_logits
+from models.packed import SlotVectors, lay_out, packed_logits
 from models.projection import Verbatim
 from models.template import PromptKind, Template, TemplateConfig
 from training.config import TinyConfig
@@ -28,7 +30,8 @@ from training.loop import StageLoop, derived_seed
 from training.run import Run
 
 END = "<|endoftext|>"
-HELD_OUT = 0.05  # share of the token blocks that decide which checkpoint is kept
+HELD_OUT = 0.05  # share of the token blocks that are never trained on
+HELD_OUT_GROUPS = 16  # groups of questions that decide which checkpoint is kept
 READING_SLOPE = 2.0  # log-odds of Yes for each feature that says Yes: three of them are nearly sure
 
 
@@ -90,81 +93,109 @@ def _new_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2F
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One step's text, and prompts to be read: groups of targets, and for each target three features and a coin."""
+class _Questions:
+    """Prompts to be answered: train targets by the groups that share a history, and features for their slots."""
 
-    ids_BT: Tensor
     groups: list[Int32]
     features_K3: Tensor  # 0 is the word No, 1 the word Yes, between them a mixture
-    coins_K: Tensor
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """What the stand-in learns, both at once; no label is in it.
+
+    **Text**: the next token, in titles and in lists of what a user liked. **Reading**, in Fig. 4's prompt: the slots
+    hold the words Yes and No, or a mixture drawn at random, and the answer's log-odds are the sum of what they say. A
+    grown language model reads a statement wherever it stands; trained on text alone, the stand-in hears the item beside
+    its answer and not the user further up, and stage 3 finds no gradient to the user's vector.
+    """
+
+    run: Run
+    backbone: Backbone
+    examples: Examples
+    targets: Targets
+
+    def draw(self, groups: int, rng: np.random.Generator) -> _Questions:
+        """Draw questions on so many groups of train targets."""
+        count = min(groups, len(self.targets.groups))
+        chosen = [self.targets.groups[index] for index in rng.choice(len(self.targets.groups), count)]
+        rows = sum(len(group) for group in chosen)
+        return _Questions(chosen, torch.from_numpy(rng.random((rows, 3), dtype=np.float32)))
+
+    def text(self, ids_BT: Tensor) -> Tensor:
+        """Return the summed cross-entropy of the next tokens."""
+        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.config.autocast):
+            logits = self.backbone.model(input_ids=ids_BT.to(self.run.device), use_cache=False).logits
+        wanted = ids_BT[:, 1:].reshape(-1).to(self.run.device)
+        return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), wanted, reduction="sum")
+
+    def reading(self, questions: _Questions) -> Iterator[Tensor]:
+        """Yield the summed divergence of the answers from what the slots say, in this process's share of forwards."""
+        ends = np.cumsum([len(rows) for rows in questions.groups])
+        places = np.split(np.arange(len(questions.features_K3), dtype=np.int32), ends[:-1])
+        packs = [
+            (self.examples.pack(PromptKind.PROJECT, self.targets, rows), place)
+            for rows, place in zip(questions.groups, places, strict=True)
+        ]
+        for batch in self.run.share(list(forwards(packs, self.run.config.max_tokens))):
+            features_K3 = questions.features_K3[rows_of(batch)].to(self.run.device)
+            answers = torch.tensor([self.backbone.answers.no, self.backbone.answers.yes], device=self.run.device)
+            layout = lay_out([pack for pack, _ in batch]).to(self.run.device)
+            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.config.autocast):
+                words_2D = self.backbone.embed(answers)
+                mixed_3KD = torch.lerp(words_2D[0], words_2D[1], features_K3.T[..., None])
+                logits_K = packed_logits(self.backbone, layout, Verbatim(), SlotVectors(*mixed_3KD.unbind(0)))
+            yield _divergence(logits_K, READING_SLOPE * (2 * features_K3 - 1).sum(-1))
+
+
+def _divergence(logits_K: Tensor, wanted_K: Tensor) -> Tensor:
+    """Return the summed divergence of answers from wanted log-odds.
+
+    Answers drawn by those odds would ask for the same, under noise: so taught, the slots were not read at all after as
+    many steps.
+    """
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits
+    wanted = wanted_K.sigmoid()
+    return cross_entropy(logits_K, wanted, reduction="sum") - cross_entropy(wanted_K, wanted, reduction="sum")
 
 
 def _train(run: Run, backbone: Backbone, examples: Examples) -> None:
-    """Next-token prediction over blocks of text, and reading features out of prompts of Fig. 4.
-
-    A grown language model reads a statement wherever it stands in a prompt. The stand-in has to be taught to: trained
-    on text alone it hears the item beside its answer and not the user further up, and stage 3 then finds no gradient
-    to the user's vector. So the three slots hold the words Yes and No, or a mixture, and the answer's log-odds are the
-    sum of what they say. The features are drawn at random; no label of the data is in it.
-    """
     config = run.config.tiny
-    schedule = config.schedule
     blocks_NT = _token_blocks(run, examples, backbone.tokenizer.eos_token_id)
     held_out = max(1, int(len(blocks_NT) * HELD_OUT))
     valid_NT, train_NT = blocks_NT[:held_out], blocks_NT[held_out:]
-    targets = examples.targets("train", run.config.max_targets)
-
-    def text_loss(ids_BT: Tensor) -> Tensor:
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.autocast):
-            logits = backbone.model(input_ids=ids_BT.to(run.device), use_cache=False).logits
-        wanted = ids_BT[:, 1:].reshape(-1).to(run.device)
-        return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), wanted, reduction="sum")
-
-    def reading_loss(packs: Sequence[tuple[Pack, Int32]], features_K3: Tensor, coins_K: Tensor) -> Tensor:
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.autocast):
-            words_2D = backbone.embed(torch.tensor([backbone.answers.no, backbone.answers.yes], device=run.device))
-            mixed_3KD = torch.lerp(words_2D[0], words_2D[1], features_K3.T[..., None].to(run.device))
-            layout = lay_out([pack for pack, _ in packs]).to(run.device)
-            logits_K = packed_logits(backbone, layout, Verbatim(), SlotVectors(*mixed_3KD.unbind(0)))
-        log_odds_K = READING_SLOPE * (2 * features_K3 - 1).sum(-1)
-        answers_K = (coins_K < log_odds_K.sigmoid()).float().to(run.device)
-        return nn.functional.binary_cross_entropy_with_logits(logits_K, answers_K, reduction="sum")
+    enough = config.min_steps / math.ceil(len(train_NT) / config.schedule.batch_targets)
+    # Whether the slots are read changes late and at once: patience would end the stage before.
+    changes = {"epochs": max(config.schedule.epochs, enough), "patience": sys.maxsize}
+    schedule = config.schedule.model_copy(update=changes)
+    tasks = _Tasks(run, backbone, examples, examples.targets("train", run.config.max_targets))
+    asked = tasks.draw(HELD_OUT_GROUPS, np.random.default_rng(derived_seed(run.config.seed, "questions")))
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        total = sum(float(text_loss(part)) for part in valid_NT.split(schedule.batch_targets))
-        return {"log_likelihood": -total / valid_NT[:, 1:].numel()}
+        text = sum(float(tasks.text(part)) for part in valid_NT.split(schedule.batch_targets))
+        reading = torch.tensor(sum(float(part) for part in tasks.reading(asked)), device=run.device)
+        return {
+            "log_likelihood": -text / valid_NT[:, 1:].numel(),
+            "reading": -float(run.sum(reading)) / len(asked.features_K3),
+        }
 
-    def plan(rng: np.random.Generator) -> list[_Step]:
+    def plan(rng: np.random.Generator) -> list[tuple[Tensor, _Questions]]:
         order = torch.from_numpy(rng.permutation(len(train_NT)))
-        return [
-            _step(ids_BT, targets, config.reading_groups, rng)
-            for ids_BT in train_NT[order].split(schedule.batch_targets)
-        ]
+        batches = train_NT[order].split(schedule.batch_targets)
+        return [(ids_BT, tasks.draw(config.question_groups, rng)) for ids_BT in batches]
 
     parameters = dict(backbone.model.named_parameters())
     rates = [(parameters, 1.0, schedule.weight_decay)]
-    loop = StageLoop(run, "pretrain", rates, schedule, plan, evaluate, "log_likelihood")
+    # Small data is gone through so often that its text is overfitted before the slots are read: reading decides.
+    loop = StageLoop(run, "pretrain", rates, schedule, plan, evaluate, "reading")
     if not loop.restore():
-        for step in loop.steps():
-            if len(mine := step.ids_BT[run.accelerator.process_index :: run.accelerator.num_processes]):
-                loop.backward(text_loss(mine) / step.ids_BT[:, 1:].numel())
-            places = np.split(np.arange(len(step.coins_K)), np.cumsum([len(rows) for rows in step.groups])[:-1])
-            packs = [
-                (examples.pack(PromptKind.PROJECT, targets, rows), place.astype(np.int32))
-                for rows, place in zip(step.groups, places, strict=True)
-            ]
-            for batch in run.share(list(forwards(packs, run.config.max_tokens))):
-                chosen = rows_of(batch)
-                loop.backward(reading_loss(batch, step.features_K3[chosen], step.coins_K[chosen]) / len(step.coins_K))
+        for ids_BT, questions in loop.steps():
+            if len(mine := ids_BT[run.accelerator.process_index :: run.accelerator.num_processes]):
+                loop.backward(tasks.text(mine) / ids_BT[:, 1:].numel())
+            for divergence in tasks.reading(questions):
+                loop.backward(divergence / len(questions.features_K3))
     loop.keep_best()
-
-
-def _step(ids_BT: Tensor, targets: Targets, groups: int, rng: np.random.Generator) -> _Step:
-    chosen = [targets.groups[index] for index in rng.choice(len(targets.groups), min(groups, len(targets.groups)))]
-    count = sum(len(rows) for rows in chosen)
-    features_K3 = torch.from_numpy(rng.random((count, 3), dtype=np.float32))
-    return _Step(ids_BT, chosen, features_K3, torch.from_numpy(rng.random(count, dtype=np.float32)))
 
 
 def _token_blocks(run: Run, examples: Examples, end: int) -> Tensor:

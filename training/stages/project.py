@@ -23,6 +23,7 @@ from training.loop import StageLoop, derived_seed
 from training.prediction import figures, predict
 from training.run import Run
 from training.stages.align import Collab
+from training.stages.influence import Influence, influence
 
 KIND = PromptKind.PROJECT
 
@@ -50,15 +51,26 @@ class SlotTables(nn.Module):
     item_trained_I: Tensor
 
     def vectors(
-        self, users_K: Tensor, items_K: Tensor, folded_KC: Tensor, cold_user_K: Tensor, cold_item_K: Tensor
+        self,
+        users_K: Tensor,
+        items_K: Tensor,
+        folded_KC: Tensor,
+        cold_user_K: Tensor,
+        cold_item_K: Tensor,
+        own_label: Influence | None = None,
     ) -> SlotVectors:
-        """Return the vectors of K targets; cold ones, by data or by choice, get their substitutes."""
+        """Return the vectors of K targets; cold ones, by data or by choice, get their substitutes.
+
+        `own_label` is what the targets' own labels did to their vectors, to be left out.
+        """
         cold_user_K1 = (cold_user_K | ~self.user_trained_U[users_K])[:, None]
         cold_item_K1 = (cold_item_K | ~self.item_trained_I[items_K])[:, None]
-        users = torch.where(cold_user_K1, folded_KC, self.users_UC[users_K] + self.user_delta_UC[users_K])
-        items = torch.where(
-            cold_item_K1, self.cold_items_IC[items_K], self.items_IC[items_K] + self.item_delta_IC[items_K]
-        )
+        users = self.users_UC[users_K] + self.user_delta_UC[users_K]
+        items = self.items_IC[items_K] + self.item_delta_IC[items_K]
+        if own_label is not None:
+            users, items = users - own_label.user_BC, items - own_label.item_BC
+        users = torch.where(cold_user_K1, folded_KC, users)
+        items = torch.where(cold_item_K1, self.cold_items_IC[items_K], items)
         semantic = self.semantic_ID[items_K] + torch.where(cold_item_K1, 0.0, self.semantic_delta_ID[items_K])
         return SlotVectors(users, items, semantic)
 
@@ -113,15 +125,27 @@ class SlotForward:
     tables: SlotTables
     folded: dict[str, Tensor]  # split -> each row's user as if never trained, (B, C)
 
-    def __call__(self, targets: Targets, batch: Sequence[tuple[Pack, Int32]], cold_B2: Tensor | None = None) -> Tensor:
-        """Return the logits of a batch, `(K,)`; `cold_B2` says whose user and item vectors are replaced."""
+    def __call__(
+        self,
+        targets: Targets,
+        batch: Sequence[tuple[Pack, Int32]],
+        cold_B2: Tensor | None = None,
+        own_label: Influence | None = None,
+    ) -> Tensor:
+        """Return the logits of a batch, `(K,)`.
+
+        In training `cold_B2` says whose user and item vectors are replaced, and `own_label` what is left out of them.
+        """
         rows, device = rows_of(batch), self.run.device
         cold_K2 = torch.zeros(len(rows), 2, dtype=torch.bool) if cold_B2 is None else cold_B2[rows]
+        cold_user_K, cold_item_K = cold_K2.to(device).unbind(-1)
         vectors = self.tables.vectors(
             torch.from_numpy(targets.user_B[rows]).long().to(device),
             torch.from_numpy(targets.item_B[rows]).long().to(device),
             self.folded[targets.split][rows].to(device),
-            *cold_K2.to(device).unbind(-1),
+            cold_user_K,
+            cold_item_K,
+            None if own_label is None else own_label.of(rows, device),
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.autocast):
             layout = lay_out([pack for pack, _ in batch]).to(device)
@@ -139,6 +163,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     valid = examples.targets("valid", run.config.max_targets)
     judged = valid.limited(run.config.validation_rows)
     folded = {targets.split: folded_users(examples, targets, collab) for targets in (train, valid)}
+    own_label = influence(collab, train, run.config.align)
     tables = SlotTables(collab).to(run.device)
     forward = SlotForward(run, backbone, projections.to(run.device), tables, folded)
 
@@ -157,7 +182,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
             total = float(train.weight_B[np.concatenate(groups)].sum())
             packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]
             for batch in run.share(list(forwards(packs, run.config.max_tokens))):
-                loss = answer_loss(forward(train, batch, cold_B2), train, rows_of(batch))
+                loss = answer_loss(forward(train, batch, cold_B2, own_label), train, rows_of(batch))
                 loop.backward(loss / total)
     loop.keep_best()
     logits_B = forward.predict(examples, valid)
