@@ -74,6 +74,11 @@ def test_the_constants_inside_the_vectors_stay(collab: Collab, targets: Targets)
     assert not found.user_BC[:, -1].any() and not found.item_BC[:, -2].any()
 
 
+def test_without_penalties_it_is_finite(collab: Collab, targets: Targets) -> None:
+    found = influence(collab, targets, AlignConfig(factor_decay=0.0, user_bias_decay=0.0, item_bias_decay=0.0))
+    assert bool(found.user_BC.isfinite().all()) and bool(found.item_BC.isfinite().all())
+
+
 def test_rows_are_picked_in_order(collab: Collab, targets: Targets) -> None:
     found = influence(collab, targets, CONFIG)
     some = found.of(np.array([3, 1], np.int32), torch.device("cpu"))

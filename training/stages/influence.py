@@ -19,6 +19,7 @@ from training.examples import Int32, Targets
 from training.stages.align import Collab
 
 Doubles = NDArray[np.float64]
+LEAST_DECAY = 1e-3  # without any penalty a user of few rows has no one solution
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def influence(collab: Collab, targets: Targets, config: AlignConfig) -> Influenc
         # A user's vector ends in b_u, 1 and an item's in 1, b_i: the constants were not fitted.
         free = [*range(b_u), bias]
         decay_F = np.array([config.factor_decay] * b_u + [decay]) * targets.weight_B.mean()
+        decay_F = np.maximum(decay_F, LEAST_DECAY)
         moved_BC = np.zeros(other_BC.shape, np.float32)
         moved_BC[:, free] = _left_out(owner_B, other_BC[:, free], residual_B, targets.weight_B, decay_F)
         return torch.from_numpy(moved_BC)
