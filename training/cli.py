@@ -29,6 +29,10 @@ app.add_typer(prepare_app, name="prepare")
 
 DataOption = Annotated[Path, typer.Option("--data", help="folder with items and interactions (docs/data.md)")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder of the bundle")]
+BackboneOption = Annotated[str, typer.Option("--backbone", help="tiny, a hub id, or a local path")]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="JSON file, or the name of one that comes with sella")
+]
 PositiveOption = Annotated[float | None, typer.Option(help="a rating above this is label 1")]
 SplitByOption = Annotated[
     str | None, typer.Option("--split-by", help='one interactions file: "0.8,0.1,0.1" or "2017-12-01,2017-12-15"')
@@ -42,8 +46,8 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16 inste
 def fit(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="folder of the bundle to write")],
-    backbone: Annotated[str, typer.Option(help="tiny, a hub id, or a local path")] = "tiny",
-    config: Annotated[str | None, typer.Option(help="JSON file, or the name of one that comes with sella")] = None,
+    backbone: BackboneOption = "tiny",
+    config: ConfigOption = None,
     resume: Annotated[bool, typer.Option(help="go on with a run that was stopped")] = False,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
@@ -153,8 +157,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="folder of the bundle")]
 def alignment(
     data: DataOption,
     work: Annotated[Path, typer.Option(help="folder for what is trained on the way; resumes from it")],
-    backbone: Annotated[str, typer.Option(help="tiny, a hub id, or a local path")] = "tiny",
-    config: Annotated[str | None, typer.Option(help="JSON file, or the name of one that comes with sella")] = None,
+    backbone: BackboneOption = "tiny",
+    config: ConfigOption = None,
     seeds: Annotated[int, typer.Option(min=2, help="how often stage 2 is trained")] = 5,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
@@ -179,8 +183,8 @@ def alignment(
 def windows(
     data: DataOption,
     work: Annotated[Path, typer.Option(help="folder for both trainings; resumes from it")],
-    backbone: Annotated[str, typer.Option(help="tiny, a hub id, or a local path")] = "tiny",
-    config: Annotated[str | None, typer.Option(help="JSON file, or the name of one that comes with sella")] = None,
+    backbone: BackboneOption = "tiny",
+    config: ConfigOption = None,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
 ) -> None:

@@ -55,7 +55,7 @@ class AdaptConfig(_Frozen):
     rank: int = Field(16, ge=1, description="all linear layers; CoLLM's 8 on two of them learns less on Qwen2")
     alpha: int = Field(32, ge=1, description="twice the rank, the usual scale")
     dropout: float = Field(0.0, ge=0, lt=1, description="one epoch does not overfit, and on a CPU it costs a third")
-    # At higher rates the stand-in unlearns to read the slots: stage 1 gains less than stage 3 loses (docs/results.md).
+    # At 2e-3 stage 1 learns, the stand-in no longer reads its slots, and stage 3 loses more (docs/results.md).
     schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=1e-4, evaluations_per_epoch=2)
 
 

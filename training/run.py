@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ class RunError(ValueError):
     """A run folder that cannot be used; the message says why and what to do."""
 
 
+Shared = TypeVar("Shared", list[Any], Tensor)
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -82,8 +83,8 @@ class Run:
         if self.is_main:
             self.console.print(text)
 
-    def share(self, values: list[Any]) -> list[Any]:
-        """Return this process's share of a list that all processes hold."""
+    def share(self, values: Shared) -> Shared:
+        """Return this process's share of a list, or of a tensor's rows, that all processes hold."""
         return values[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def sum(self, tensor: Tensor) -> Tensor:

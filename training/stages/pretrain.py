@@ -149,11 +149,7 @@ class _Tasks:
 
 
 def _divergence(logits_K: Tensor, wanted_K: Tensor) -> Tensor:
-    """Return the summed divergence of answers from wanted log-odds.
-
-    Answers drawn by those odds would ask for the same, under noise: so taught, the slots were not read at all after as
-    many steps.
-    """
+    """Return the summed divergence of answers from wanted log-odds: answers drawn by them would add noise alone."""
     cross_entropy = nn.functional.binary_cross_entropy_with_logits
     wanted = wanted_K.sigmoid()
     return cross_entropy(logits_K, wanted, reduction="sum") - cross_entropy(wanted_K, wanted, reduction="sum")
@@ -191,7 +187,7 @@ def _train(run: Run, backbone: Backbone, examples: Examples) -> None:
     loop = StageLoop(run, "pretrain", rates, schedule, plan, evaluate, "reading")
     if not loop.restore():
         for ids_BT, questions in loop.steps():
-            if len(mine := ids_BT[run.accelerator.process_index :: run.accelerator.num_processes]):
+            if len(mine := run.share(ids_BT)):
                 loop.backward(tasks.text(mine) / ids_BT[:, 1:].numel())
             for divergence in tasks.reading(questions):
                 loop.backward(divergence / len(questions.features_K3))
