@@ -28,6 +28,9 @@ def new_run(folder: Path, config: Config) -> Run:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.device.type == "cpu":
+        # Threads otherwise add up a table's gradients in any order, and no two runs are bit-equal.
+        torch.use_deterministic_algorithms(True)
     return Run(folder, config, accelerator, Console() if Console().is_terminal else Console(width=120))
 
 

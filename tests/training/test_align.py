@@ -11,6 +11,8 @@ from models.projection import CollabProjection
 from models.template import Template, TemplateConfig
 from models.tokens import TextEncoder
 from tests.tiny import tiny_tokenizer
+from training import start
+from training.config import Config
 from training.data.dataset import Dataset
 from training.data.history import build_histories
 from training.data.synthetic import SyntheticConfig, draw_tables, plant
@@ -159,6 +161,23 @@ def test_a_finished_stage_is_taken_as_it_is(
     assert (tmp_path / "align_result.safetensors").read_bytes() == written
     assert torch.equal(first.item_vectors_IC, again.item_vectors_IC)
     assert (first.prior.target, first.prior.noise) == (again.prior.target, again.prior.noise)
+
+
+def test_two_runs_are_bit_equal_with_two_threads(
+    examples: Examples, semantic_vectors: torch.Tensor, tmp_path: Path
+) -> None:
+    schedule = {"epochs": 3, "batch_targets": 1024, "evaluations_per_epoch": 1}
+    config = Config.model_validate({"align": {"d_collab": 256, "schedule": schedule}})
+    torch.set_num_threads(2)
+    try:
+        written = []
+        for name in ("first", "second", "third"):
+            align(start.new_run(tmp_path / name, config), examples, semantic_vectors)
+            written.append((tmp_path / name / "align_result.safetensors").read_bytes())
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+    assert written[0] == written[1] == written[2]
 
 
 def two_kinds(*, taste: bool) -> tuple[Examples, np.ndarray, np.ndarray]:
