@@ -99,9 +99,17 @@ def score_pairs(
     if total == 0:
         raise DataError(f"{pairs.name}: holds no pairs")
     folder = out.with_name(f"{out.name}.parts")
-    _claim(folder, {"bundle": bundle.id, "pairs": str(pairs.resolve()), "modified": pairs.stat().st_mtime_ns,
-                    "chunk": chunk, "skip": skip_unknown,
-                    "dtype": str(scorer.model.backbone.dtype)})  # fmt: skip
+    backbone = scorer.model.backbone
+    identity: dict[str, object] = {
+        "bundle": bundle.id,
+        "pairs": str(pairs.resolve()),
+        "modified": pairs.stat().st_mtime_ns,
+        "chunk": chunk,
+        "skip": skip_unknown,
+        "dtype": str(backbone.dtype),
+        "device": backbone.model.device.type,
+    }
+    _claim(folder, identity)
     for index, (first, part) in enumerate(source.parts(chunk)):
         path = folder / f"{index:08d}.parquet"
         if not path.exists():

@@ -6,7 +6,7 @@ Measured reasons refer to the `tiny` backbone on MovieLens-1M; `docs/results.md`
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -116,6 +116,9 @@ class Config(_Frozen):
 def load_config(path: Path | str | None) -> Config:
     """Read a configuration: a JSON file, the name of one that comes with sella, or None for the defaults.
 
+    A file changes what it names and nothing else, at any depth: `{"adapt": {"schedule": {"epochs": 2}}}` keeps stage
+    1's learning rate.
+
     Raises:
         ConfigError: no such file, or a key or value that does not belong.
     """
@@ -124,14 +127,26 @@ def load_config(path: Path | str | None) -> Config:
     named = resources.files("training") / "configs" / f"{path}.json"
     try:
         text = named.read_text() if named.is_file() else Path(path).read_text()
-        return Config.model_validate(json.loads(text))
+        return Config.model_validate(_laid_over(Config().model_dump(), json.loads(text)))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; sella's own are {', '.join(shipped_configs())}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        key = ".".join(map(str, first["loc"])) or "the whole"
+        raise ConfigError(f"{path}: {key}: {first['msg']}") from error
+
+
+def _laid_over(defaults: dict[str, Any], given: Any) -> Any:
+    """Return the defaults with what is given in their place."""
+    if not isinstance(given, dict):
+        return given
+    parts = {
+        key: _laid_over(defaults[key], value) if isinstance(defaults.get(key), dict) else value
+        for key, value in given.items()
+    }
+    return defaults | parts
 
 
 def shipped_configs() -> list[str]:

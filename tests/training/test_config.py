@@ -36,6 +36,8 @@ def test_an_unknown_key_is_refused_by_its_whole_name(tmp_path: Path, content: di
         ({"align": {"temperature": 0}}, r"align\.temperature"),
         ({"dtype": "float16"}, "dtype: .*'float32' or 'bfloat16'"),
         ({"template": {"history_tokens": 4000}}, "max_tokens 2048 does not hold one prompt"),
+        ({"adapt": 3}, r"adapt: .*AdaptConfig"),
+        ("[]", r"config\.json: the whole: Input should be a valid dictionary"),
         ("{", "not JSON"),
     ],
 )
@@ -65,6 +67,8 @@ def test_every_shipped_configuration_loads_and_calls_its_items_by_their_name(nam
 def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
     loaded = load_config(written(tmp_path, {"adapt": {"rank": 3}}))
     assert loaded == Config(adapt=Config().adapt.model_copy(update={"rank": 3}))
+    deep = load_config(written(tmp_path, {"adapt": {"schedule": {"epochs": 3}}})).adapt.schedule
+    assert deep == Config().adapt.schedule.model_copy(update={"epochs": 3})
     assert load_config(None) == Config()
 
 
