@@ -112,6 +112,15 @@ class Config(_Frozen):
             raise ValueError(f"max_tokens {self.max_tokens} does not hold one prompt; raise it to history_tokens + 300")
         return self
 
+    @classmethod
+    def changed_by(cls, given: Any) -> "Config":
+        """Return the defaults with the keys that are given, at any depth, in their place.
+
+        Raises:
+            ValidationError: a key or value that does not belong.
+        """
+        return cls.model_validate(_laid_over(cls().model_dump(), given))
+
 
 def load_config(path: Path | str | None) -> Config:
     """Read a configuration: a JSON file, the name of one that comes with sella, or None for the defaults.
@@ -127,7 +136,7 @@ def load_config(path: Path | str | None) -> Config:
     named = resources.files("training") / "configs" / f"{path}.json"
     try:
         text = named.read_text() if named.is_file() else Path(path).read_text()
-        return Config.model_validate(_laid_over(Config().model_dump(), json.loads(text)))
+        return Config.changed_by(json.loads(text))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; sella's own are {', '.join(shipped_configs())}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -55,7 +55,7 @@ def new_run() -> Callable[..., Run]:
 
     def make(folder: Path, **changes: Any) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
-        config = Config.model_validate({**MICRO, **changes})
+        config = Config.changed_by({**MICRO, **changes})
         return Run(folder, config, Accelerator(cpu=True), Console(quiet=True))
 
     return make

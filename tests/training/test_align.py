@@ -167,7 +167,7 @@ def test_two_runs_are_bit_equal_with_two_threads(
     examples: Examples, semantic_vectors: torch.Tensor, tmp_path: Path
 ) -> None:
     schedule = {"epochs": 3, "batch_targets": 1024, "evaluations_per_epoch": 1}
-    config = Config.model_validate({"align": {"d_collab": 256, "schedule": schedule}})
+    config = Config.changed_by({"align": {"d_collab": 256, "schedule": schedule}})
     torch.set_num_threads(2)
     try:
         written = []
