@@ -224,6 +224,9 @@ def one_line_errors() -> Iterator[None]:
     except known as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was (fit: with --resume)", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -32,6 +32,7 @@ class ScheduleConfig(_Frozen):
     gradient_norm: float = Field(1.0, gt=0, description="clipped above this")
     evaluations_per_epoch: int = Field(2, ge=1)
     patience: int = Field(4, ge=1, description="evaluations without a better validation AUC before the stage stops")
+    min_steps: int = Field(0, ge=0, description="small data is gone through more often, until it makes so many")
 
 
 class TinyConfig(_Frozen):
@@ -44,9 +45,11 @@ class TinyConfig(_Frozen):
     heads: int = Field(4, ge=1)
     key_value_heads: int = Field(2, ge=1)
     sequence_tokens: int = Field(256, ge=32)
-    min_steps: int = Field(250, ge=0, description="more epochs where they have fewer: reading the slots takes these")
     question_groups: int = Field(4, ge=1, description="packs a step that teach it to answer (pretrain.py)")
-    schedule: ScheduleConfig = ScheduleConfig(epochs=5, learning_rate=2e-3, weight_decay=0.05, batch_targets=16)
+    # Reading the slots takes 250 steps, however little text there is.
+    schedule: ScheduleConfig = ScheduleConfig(
+        epochs=5, learning_rate=2e-3, weight_decay=0.05, batch_targets=16, min_steps=250
+    )
 
 
 class AdaptConfig(_Frozen):
@@ -86,7 +89,7 @@ class ProjectConfig(_Frozen):
     cold_items: float = Field(0.1, ge=0, le=1, description="share of targets whose item is mapped from text instead")
     table_rate: float = Field(0.1, ge=0, description="learning rate of the tables, relative to the projections'")
     table_decay: float = Field(0.0, ge=0, description="pull of the tables back to stage 2's")
-    schedule: ScheduleConfig = ScheduleConfig(epochs=1.5, learning_rate=3e-3, evaluations_per_epoch=2)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=1.5, learning_rate=3e-3, evaluations_per_epoch=2, min_steps=250)
 
 
 class Config(_Frozen):

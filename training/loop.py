@@ -96,7 +96,8 @@ class StageLoop(Generic[Step]):
 
     def steps(self) -> Iterator[Step]:
         """Yield every step left; between two of them gradients are applied, checked, evaluated and saved."""
-        per_epoch = len(self._epoch(0))
+        # An epoch of small data counts as long enough to make the least number of steps, and is evaluated as seldom.
+        per_epoch = max(len(self._epoch(0)), math.ceil(self.schedule.min_steps / self.schedule.epochs))
         total = max(1, round(self.schedule.epochs * per_epoch))
         every = max(1, per_epoch // self.schedule.evaluations_per_epoch)
         if not self.evaluations:

@@ -6,10 +6,12 @@ Shapes: K candidates, N prompts, D = d_L.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from models.assembly import Assembler, ScoringGroup
@@ -43,6 +45,8 @@ class PackedSource:
             BundleError, BackboneError, TokenizerError: the bundle cannot be served.
         """
         transformers_logging.disable_progress_bar()
+        # PEFT's progress bar makes a semaphore of its own, which a killed worker would leave behind.
+        tqdm.set_lock(RLock())
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = self.device

@@ -31,7 +31,12 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service.cli", "run", "--bundle", str(bundle), "--port", "0"],
             cwd=root,
-            env={**os.environ, "PYTHONWARNINGS": "error", "SELLA_ENGINE_THREADS": "1", **environment},
+            env={
+                **os.environ,
+                "PYTHONWARNINGS": "error,always:resource_tracker",
+                "SELLA_ENGINE_THREADS": "1",
+                **environment,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -49,6 +54,10 @@ class Server:
 
     def end(self, stop: signal.Signals) -> int:
         self.process.send_signal(stop)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for the end, and for the last word of whatever it left behind."""
         status = self.process.wait(60)
         self._drain.join(10)
         return status
@@ -131,7 +140,7 @@ def test_a_server_lives_loses_its_worker_recovers_and_ends_with_0(server: Server
     time.sleep(0.3)
     os.kill(worker, signal.SIGCONT)
     asking.join(30)
-    assert server.process.wait(60) == 0
+    assert server.wait() == 0
     assert answers == [200]
     wait_for(lambda: not alive(worker), 5)
     events = [json.loads(line)["event"] for line in server.log]

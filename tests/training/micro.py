@@ -19,8 +19,7 @@ MICRO: dict[str, Any] = {
         "heads": 2,
         "key_value_heads": 1,
         "sequence_tokens": 64,
-        "min_steps": 0,
-        "schedule": {"epochs": 1, "learning_rate": 0.003, "batch_targets": 16},
+        "schedule": {"epochs": 1, "learning_rate": 0.003, "batch_targets": 16, "min_steps": 0},
     },
     "adapt": {"rank": 4, "alpha": 8, "schedule": {"epochs": 1, "learning_rate": 0.003}},
     "align": {
@@ -28,7 +27,7 @@ MICRO: dict[str, Any] = {
         "d_hidden": 16,
         "schedule": {"epochs": 4, "learning_rate": 0.01, "batch_targets": 256},
     },
-    "project": {"schedule": {"epochs": 1, "learning_rate": 0.003}},
+    "project": {"schedule": {"epochs": 1, "learning_rate": 0.003, "min_steps": 0}},
 }
 
 

@@ -154,6 +154,7 @@ def test_fit_refuses_a_run_folder_without_resume_and_one_of_another_run_with_it(
     [
         ({"--data": "nowhere"}, "nowhere: no such folder"),
         ({"--config": "nowhere.json"}, "nowhere.json: No such file"),
+        ({"--out": "/proc/nowhere/bundle"}, "error: /proc/nowhere: No such file or directory"),
         ({"--backbone": "./no-model-here"}, "backbone ./no-model-here"),
         ({"--positive-above": "3"}, "--positive-above does not apply"),
         ({"--split-by": "0.8,0.1,0.1"}, "is split already"),

@@ -186,6 +186,16 @@ def test_epochs_may_be_fractions(new_run: Runs, tmp_path: Path, epochs: float, s
     assert toy.loop.step == steps
 
 
+def test_small_data_is_gone_through_until_it_makes_the_least_number_of_steps(new_run: Runs, tmp_path: Path) -> None:
+    schedule = {"epochs": 2, "evaluations_per_epoch": 2}
+    small = Toy(new_run(tmp_path / "small"), length=3, min_steps=40, **schedule)
+    enough = Toy(new_run(tmp_path / "enough"), length=21, min_steps=40, **schedule)
+    for toy in (small, enough):
+        toy.train()
+    assert [figures["step"] for figures in small.loop.evaluations] == [0, 10, 20, 30, 40]
+    assert enough.loop.step == 42
+
+
 def test_rates_warm_up_then_fall_to_zero_each_group_by_its_factor(new_run: Runs, tmp_path: Path) -> None:
     toy = Toy(new_run(tmp_path), length=10, epochs=1, warmup=0.3, learning_rate=1.0)
     rates: list[list[float]] = []

@@ -23,14 +23,13 @@ READING = {
     **MICRO["tiny"],
     "d_model": 64,
     "question_groups": 12,
-    "min_steps": 150,
-    "schedule": {"epochs": 1, "learning_rate": 0.002, "batch_targets": 8},
+    "schedule": {"epochs": 1, "learning_rate": 0.002, "batch_targets": 8, "min_steps": 150},
 }
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> tuple[Backbone, Config]:
-    config = Config.model_validate({**MICRO, "tiny": READING})
+    config = Config.changed_by({**MICRO, "tiny": READING})
     run = Run(tmp_path_factory.mktemp("pretrain"), config, Accelerator(cpu=True), Console(quiet=True))
     folder: Path = pretrain(run, dataset, build_histories(dataset))
     return load_backbone(folder), config

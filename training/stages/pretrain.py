@@ -5,7 +5,6 @@ target is in it. What comes out is a stand-in that lets the whole path run and b
 model with knowledge.
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,10 +159,8 @@ def _train(run: Run, backbone: Backbone, examples: Examples) -> None:
     blocks_NT = _token_blocks(run, examples, backbone.tokenizer.eos_token_id)
     held_out = max(1, int(len(blocks_NT) * HELD_OUT))
     valid_NT, train_NT = blocks_NT[:held_out], blocks_NT[held_out:]
-    enough = config.min_steps / math.ceil(len(train_NT) / config.schedule.batch_targets)
     # Whether the slots are read changes late and at once: patience would end the stage before.
-    changes = {"epochs": max(config.schedule.epochs, enough), "patience": sys.maxsize}
-    schedule = config.schedule.model_copy(update=changes)
+    schedule = config.schedule.model_copy(update={"patience": sys.maxsize})
     tasks = _Tasks(run, backbone, examples, examples.targets("train", run.config.max_targets))
     asked = tasks.draw(HELD_OUT_GROUPS, np.random.default_rng(derived_seed(run.config.seed, "questions")))
 
