@@ -1,6 +1,6 @@
 import torch
 
-from models.projection import CollabProjection, WarmProjection
+from models.projection import BIAS_SPREAD, CollabProjection, WarmProjection
 
 
 def test_standardizing_changes_the_numbers_and_not_the_function() -> None:
@@ -13,6 +13,29 @@ def test_standardizing_changes_the_numbers_and_not_the_function() -> None:
     projection.standardize(users * 2, items)  # and again, from a standardized state
     torch.testing.assert_close(projection(items), before, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(projection.inner.weight, weight)
+
+
+def test_both_biases_vary_alike_before_the_projection_and_the_factors_keep_their_proportions() -> None:
+    torch.manual_seed(0)
+    users = torch.randn(500, 6) * torch.tensor([0.02, 0.02, 0.04, 0.02, 0.1, 0.0]) + torch.tensor([0, 0, 0, 0, 0, 1.0])
+    items = torch.randn(700, 6) * torch.tensor([0.02, 0.02, 0.04, 0.02, 0.0, 0.3]) + torch.tensor(
+        [0, 0, 0, 0, 1.0, 0.5]
+    )
+    projection = CollabProjection(6, 10, 8)
+    projection.standardize(users, items)
+    inputs: list[torch.Tensor] = []
+    projection.inner.register_forward_pre_hook(lambda _, given: inputs.append(given[0].std(0)))
+    projection(users), projection(items)
+    of_users, of_items = inputs
+    torch.testing.assert_close(of_users[4:], torch.tensor([BIAS_SPREAD, 0.0]), atol=0.01, rtol=0)
+    torch.testing.assert_close(of_items[4:], torch.tensor([0.0, BIAS_SPREAD]), atol=0.01, rtol=0)
+    torch.testing.assert_close(of_users[:4] / of_users[0], users.std(0)[:4] / users.std(0)[0])
+
+
+def test_one_user_alone_is_standardized_too() -> None:
+    projection = CollabProjection(4, 10, 8)
+    projection.standardize(torch.randn(1, 4), torch.randn(30, 4))
+    assert projection(torch.randn(5, 4)).isfinite().all()
 
 
 def test_rescaling_reaches_the_norm_and_keeps_directions() -> None:
