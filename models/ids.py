@@ -24,5 +24,6 @@ def canonical_id(value: object) -> str:
     if not text or len(text) > MAX_ID_LENGTH:
         raise IdError(f"id {text[:40]!r} has {len(text)} characters; give 1 to {MAX_ID_LENGTH}")
     if not text.isprintable():
-        raise IdError(f"id {text[:40]!r} holds a control character; remove it")
+        odd = next(character for character in text if not character.isprintable())
+        raise IdError(f"id {text[:40]!r} holds U+{ord(odd):04X}, which does not print; remove it")
     return text

@@ -81,6 +81,9 @@ def _serve(collaborators: Collaborators, listener: socket.socket, log: structlog
         log_config=None,
         access_log=False,
         server_header=False,
+        # Offers to upgrade are ignored: WebSocket is not served, and httptools loses the body beside an h2c offer.
+        http="h11",
+        ws="none",
         timeout_graceful_shutdown=max(1, round(collaborators.settings.drain_s)),
     )
     server = _Server(config, collaborators.current)

@@ -1,5 +1,6 @@
 """What every request passes first: an id, a count, and, for those with a body, checks before it is read."""
 
+import asyncio
 import re
 import uuid
 from collections.abc import Callable, Coroutine
@@ -49,6 +50,15 @@ class Intake:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # The server stops, and SELLA_DRAIN_S did not suffice for this request.
+            self._metrics.refused("stopping")
+            self._log.warning(
+                "refused", request_id=request_id, code="stopping", status=503, detail="cut off by the end"
+            )
+            if not status:
+                message = "the server stops and could not finish this request; send it to another"
+                await error_response(request_id, 503, "stopping", message)(scope, receive, send_with_id)
         except Exception:
             self._log.exception("internal_error", request_id=request_id, route=_route(scope))
             if not status:

@@ -79,7 +79,9 @@ class ItemRef(_Body):
             return {"item_id": value}
         if not isinstance(value, (dict, ItemRef)):
             raise PydanticCustomError(
-                "item_type", "give an item id or {{item_id, title?}}; this is a {kind}", {"kind": _kind(value)}
+                "item_type",
+                "give an item id, or an object of item_id and title; this is a {kind}",
+                {"kind": _kind(value)},
             )
         return value
 

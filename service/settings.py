@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "SELLA_"
+DAY_S = 86_400.0
 
 
 class SettingsError(ValueError):
@@ -17,11 +18,12 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """What the service depends on, frozen. Each field is also an environment variable, `SELLA_` and its name."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX)
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, allow_inf_nan=False)
 
     bundle: Path = Field(description="The bundle's folder. No default: there is nothing to serve without one.")
     host: str = Field(
         default="127.0.0.1",
+        min_length=1,
         description="Address to listen on. Loopback, because the routes ask for no key; open it behind a proxy.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -33,6 +35,7 @@ class Settings(BaseSettings):
     engine_threads: int | None = Field(
         default=None,
         ge=1,
+        le=1024,
         description="CPU threads of the engine. Unset leaves it to torch, which takes one for each physical core.",
     )
     batch_tokens: int = Field(
@@ -67,17 +70,20 @@ class Settings(BaseSettings):
     forward_limit_s: float = Field(
         default=60.0,
         gt=0,
+        le=DAY_S,
         description="A batch that takes longer is taken for hung, and the worker is killed. Twice the default deadline:"
         " nobody waits for such a batch any more. Raise it for a large model on a CPU.",
     )
     load_limit_s: float = Field(
         default=1800.0,
         gt=0,
+        le=DAY_S,
         description="A worker that is not ready by then is killed. Long, because a backbone may have to be downloaded.",
     )
     drain_s: float = Field(
         default=30.0,
         ge=0,
+        le=DAY_S,
         description="How long running requests may finish after SIGTERM; the default deadline, so that none is cut.",
     )
     max_pairs: int = Field(default=1000, ge=1, description="Pairs of one /score request.")
@@ -99,6 +105,15 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="auto: readable lines on a terminal, JSON lines anywhere else."
     )
+
+    @field_validator("host")
+    @classmethod
+    def _host_name(cls, value: str) -> str:
+        try:
+            value.encode("idna")
+        except UnicodeError as error:
+            raise ValueError("no host name") from error
+        return value
 
 
 def load_settings(**given: object) -> Settings:

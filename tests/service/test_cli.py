@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -145,6 +146,37 @@ def test_a_server_lives_loses_its_worker_recovers_and_ends_with_0(server: Server
     wait_for(lambda: not alive(worker), 5)
     events = [json.loads(line)["event"] for line in server.log]
     assert events[0] == "starting" and "engine_lost" in events and events.count("engine_ready") == 2
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA=="},
+        {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQAAP__"},
+    ],
+)
+def test_an_offer_to_upgrade_is_ignored(server: Server, offer: dict[str, str]) -> None:
+    with server.client() as client:
+        answer = client.post("/rank", json={}, headers=offer)
+        assert (answer.status_code, answer.json()["error"]["field"]) == (422, "user_id")
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_what_outlasts_the_drain_is_told_so(root: Path, bundle: Bundle) -> None:
+    server = Server(root, bundle.folder, SELLA_DRAIN_S="1")
+    try:
+        server.wait_until_loaded()
+        os.kill(server.worker_pid(), signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool, server.client() as client:
+            asked = pool.submit(client.post, "/rank", json=BODY)
+            time.sleep(0.3)
+            assert server.end(signal.SIGTERM) == 0
+            answer = asked.result(10)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+        assert answer.headers["x-request-id"]
+        assert [json.loads(line)["event"] for line in server.log[-2:]] == ["refused", "stopped"]
+    finally:
+        server.clean_up()
 
 
 def test_a_killed_server_leaves_no_worker(server: Server) -> None:

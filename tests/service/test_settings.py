@@ -25,6 +25,24 @@ def test_a_value_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         load_settings(bundle=Path("b"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DRAIN_S", "inf"),
+        ("FORWARD_LIMIT_S", "1e300"),
+        ("HOST", ""),
+        ("HOST", "é" * 70),
+        ("ENGINE_THREADS", "99999999"),
+    ],
+)
+def test_what_would_only_fail_later_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"SELLA_{name}", value)
+    with pytest.raises(SettingsError, match=f"SELLA_{name}: "):
+        load_settings(bundle=Path("b"))
+
+
 def test_without_a_bundle_there_are_no_settings() -> None:
     with pytest.raises(SettingsError, match="SELLA_BUNDLE: Field required"):
         load_settings()

@@ -61,7 +61,7 @@ def test_ids_become_strings_and_nothing_else_happens_to_them(values: pl.Series, 
         (["a", None, ""], "t.csv: column 'i', row 2: null is no id; fill it in or drop the row (2 rows"),
         ([1, None], "t.csv: column 'i', row 2: null is no id"),
         ([None], "t.csv: column 'i', row 1: null is no id"),
-        (["a", "a", "b\n"], "t.csv: column 'i', row 3: id 'b\\n' holds a control character"),
+        (["a", "a", "b\n"], "t.csv: column 'i', row 3: id 'b\\n' holds U+000A, which does not print"),
     ],
 )
 def test_what_is_no_id_is_refused(values: list[object], message: str) -> None:
