@@ -34,8 +34,8 @@ class CollabProjection(nn.Module):
 
         Collab vectors vary by a tenth around constant dimensions; a gradient step on W1 would move the constants and
         hardly the differences. The factors share one spread. Each bias, constant in the other kind, has its own and
-        then varies `BIAS_SPREAD` times as much: what matters most is learned first, and b_u as fast as b_i, which in
-        its own units varies twice as much. W1 and b1 take up the change, so Eq. 7 holds with other numbers.
+        then varies by `BIAS_SPREAD` of them: what matters most is learned first, and b_u as fast as b_i, which as it is
+        varies almost twice as much. W1 and b1 take up the change, so Eq. 7 holds with other numbers.
         """
         center = (users_UC.mean(0) + items_IC.mean(0)) / 2
         # Within each kind: the difference between the two kinds is no spread.

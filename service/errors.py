@@ -15,7 +15,7 @@ from service.engines.protocol import EngineError, EngineUnavailableError, JobDro
 from service.metrics import Metrics
 
 MAX_MESSAGE = 300
-RETRY_SOON_S = 1  # a full queue empties batch by batch
+RETRY_SOON_S = 1  # a full queue empties batch by batch; another server may take what this one leaves
 RETRY_LATER_S = 5  # an engine that loads or restarts
 
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.collaborators import collaborators_of
-from service.errors import BodyTooLargeError, MediaTypeError, error_response
+from service.errors import RETRY_SOON_S, BodyTooLargeError, MediaTypeError, error_response
 from service.metrics import Metrics
 
 REQUEST_ID_HEADER = "X-Request-ID"
@@ -58,7 +58,8 @@ class Intake:
             )
             if not status:
                 message = "the server stops and could not finish this request; send it to another"
-                await error_response(request_id, 503, "stopping", message)(scope, receive, send_with_id)
+                refusal = error_response(request_id, 503, "stopping", message, retry_after_s=RETRY_SOON_S)
+                await refusal(scope, receive, send_with_id)
         except Exception:
             self._log.exception("internal_error", request_id=request_id, route=_route(scope))
             if not status:

@@ -89,7 +89,7 @@ class ProjectConfig(_Frozen):
     cold_items: float = Field(0.1, ge=0, le=1, description="share of targets whose item is mapped from text instead")
     table_rate: float = Field(0.1, ge=0, description="learning rate of the tables, relative to the projections'")
     table_decay: float = Field(0.0, ge=0, description="pull of the tables back to stage 2's")
-    # From 0.6 to 1.5 epochs what stage 3 learns of b_u is made up for by noise, at half the rate too (docs/results.md).
+    # Longer, also at half the rate, stage 3 gathers more noise than it learns of b_u (docs/results.md).
     schedule: ScheduleConfig = ScheduleConfig(epochs=0.6, learning_rate=3e-3, evaluations_per_epoch=2, min_steps=250)
 
 

@@ -169,7 +169,7 @@ def test_what_outlasts_the_drain_is_told_so(root: Path, bundle: Bundle) -> None:
             assert server.end(signal.SIGTERM) == 0
             answer = asked.result(10)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
-        assert answer.headers["x-request-id"]
+        assert answer.headers["x-request-id"] and answer.headers["retry-after"]
         assert [json.loads(line)["event"] for line in server.log[-2:]] == ["refused", "stopped"]
     finally:
         server.clean_up()
