@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.cold import UserPrior
 from models.features import ItemFeatures, UserFeatures
-from models.packed import Branch, Pack, split_pack
+from models.packs import Branch, Pack, split_pack
 from models.template import PromptKind, Segment, Template, Title, window_start
 
 Floats = NDArray[np.float32]

@@ -21,7 +21,7 @@ from models.cold import TextMap, UserPrior
 from models.features import Floats, Tables
 from models.probe import probe
 from models.projection import Projections
-from models.scoring_model import ScoringModel
+from models.scoring_model import CACHE_BYTES, ScoringModel
 from models.template import Template, window_start
 from models.tokens import TextEncoder
 
@@ -131,9 +131,11 @@ class Bundle:
         projections.load_state_dict(load_file(self.folder / "projection.safetensors"))
         return projections.requires_grad_(False)
 
-    def model(self, *, device: str = "cpu", dtype: str | None = None) -> ScoringModel:
-        """Load backbone and projections, ready to score."""
-        return ScoringModel(self.backbone(device=device, dtype=dtype), self.projections())
+    def model(self, *, device: str = "cpu", dtype: str | None = None, cache_bytes: int = CACHE_BYTES) -> ScoringModel:
+        """Load backbone and projections, ready to score; `cache_bytes` bounds the prompt beginnings it keeps."""
+        identity = f"{self.manifest.backbone.merged_id} {self.manifest.files['projection.safetensors'].sha256}"
+        backbone = self.backbone(device=device, dtype=dtype)
+        return ScoringModel(backbone, self.projections(), identity=identity, cache_bytes=cache_bytes)
 
     def encoder(self) -> TextEncoder:
         """Load the tokenizer alone: all that assembling prompts needs of the language model."""

@@ -1,157 +1,146 @@
-"""Packed prompts: many candidates behind one shared trunk, in one forward.
+"""The fast score: one user segment, many candidate segments, one forward. Equal to `models.scorer`.
 
-A trunk holds what several prompts share: the instruction and the history. Each branch attends to the first
-`attach` trunk tokens and to itself, and its positions go on from `attach`, so every branch sees exactly the
-prompt it would see alone. A branch may attach anywhere: prompts whose history only grows at its end share
-one trunk too. Exact for causal attention, which `models.probe` checks on every backbone that is loaded.
+    row = Row.of([Part(trunk, branches, past), ...])     what one forward computes, laid end to end
+    hidden = packed_model.hidden(row, embeds)            last hidden states of the answers
 
-Shapes: B packs, T tokens of the longest pack, K branches over all packs, C = d_C, D = d_L.
+Any architecture of transformers' attention interface will do; `models.probe` compares before anything is scored.
+
+Shapes: T tokens of the row, K branches over all parts, A new tokens of a trunk, L layers, J key/value heads, E
+dimensions of a head, D = d_L, N prompts.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from models.backbone import Backbone
-from models.projection import Projections
+from models.attention import NAME, OwnTokens, PackedLayout, TrunkSpan
+from models.backbone import Backbone, BackboneError
+from models.last_layer import LastLayer
 from models.template import Segment, SlotKind
 
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """One prompt's own part: its segment, and how many trunk tokens precede it."""
-
-    attach: int
-    segment: Segment
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Pack:
-    """A trunk and the branches that share it."""
+class Part:
+    """A trunk, the branches behind its end, and the keys and values already known of its beginning."""
 
     trunk: Segment
-    branches: tuple[Branch, ...]
+    branches: tuple[Segment, ...]
+    past_L2JPE: Tensor | None = None
+
+    @property
+    def known(self) -> int:
+        """How many of the trunk's tokens are known."""
+        return 0 if self.past_L2JPE is None else int(self.past_L2JPE.shape[3])
 
     @property
     def tokens(self) -> int:
-        """How many tokens one forward computes for this pack."""
-        return len(self.trunk) + sum(len(branch.segment) for branch in self.branches)
-
-    @property
-    def tokens_alone(self) -> int:
-        """How many tokens its prompts would take one by one."""
-        return sum(branch.attach + len(branch.segment) for branch in self.branches)
+        """How many tokens a forward computes for this part."""
+        return len(self.trunk) - self.known + sum(map(len, self.branches))
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Packs laid out as tensors. Slots and answers are (row, column) pairs, in pack and branch order."""
+class Row:
+    """Parts laid end to end: the trunks' new tokens, then the branches, with nothing between them."""
 
-    token_ids_BT: Tensor
-    position_ids_BT: Tensor
-    attention_B1TT: Tensor  # True where a token (third axis) attends to another (fourth)
-    slots: dict[SlotKind, Tensor]  # kind -> (number of slots, 2)
-    answers_K2: Tensor
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    slots: dict[SlotKind, list[int]]  # places of each kind; users' in part order, the others' in branch order
+    layout: PackedLayout
 
-    def to(self, device: torch.device | str) -> "PackedBatch":
-        """Return the batch on a device."""
-        return PackedBatch(
-            self.token_ids_BT.to(device),
-            self.position_ids_BT.to(device),
-            self.attention_B1TT.to(device),
-            {kind: where.to(device) for kind, where in self.slots.items()},
-            self.answers_K2.to(device),
+    @classmethod
+    def of(cls, parts: Sequence[Part], device: torch.device) -> "Row":
+        """Lay out parts; a slot in a known beginning is no slot any more."""
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: dict[SlotKind, list[int]] = {kind: [] for kind in SlotKind}
+        new = []
+        for part in parts:
+            start = len(ids)
+            ids.extend(part.trunk.token_ids[part.known :])
+            positions.extend(range(part.known, len(part.trunk)))
+            new.append(slice(start, len(ids)))
+            for kind, index in part.trunk.slots:
+                if index >= part.known:
+                    slots[kind].append(start + index - part.known)
+        trunk_tokens, spans = len(ids), []
+        lengths: list[int] = []
+        for part, where in zip(parts, new, strict=True):
+            start, after = len(ids), len(part.trunk)
+            for branch in part.branches:
+                for kind, index in branch.slots:
+                    slots[kind].append(len(ids) + index)
+                ids.extend(branch.token_ids)
+                positions.extend(range(after, after + len(branch)))
+                lengths.append(len(branch))
+            spans.append(TrunkSpan(where, slice(start, len(ids)), len(part.branches), part.past_L2JPE))
+        longest = max(len(part.trunk) + max(map(len, part.branches)) for part in parts)
+        layout = PackedLayout(tuple(spans), trunk_tokens, OwnTokens.of(lengths, trunk_tokens, device), longest)
+        return cls(torch.tensor(ids, device=device), torch.tensor(positions, device=device), slots, layout)
+
+
+class PackedModel:
+    """A backbone's language model under packed attention. It shares the backbone's weights and leaves it as it is."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        causal_lm = backbone.causal_lm
+        if not getattr(causal_lm, "_supports_attention_backend", False):
+            raise BackboneError(
+                f"{type(causal_lm).__name__}: it does not take attention functions of transformers' interface"
+            )
+        weights = {id(tensor): tensor for tensor in (*causal_lm.parameters(), *causal_lm.buffers())}
+        twin: Any = copy.deepcopy(causal_lm, weights)
+        twin.set_attn_implementation(NAME)
+        self._backbone = backbone
+        self._decoder = twin.base_model
+        self._answers_only = _trim_last_layer(self._decoder)
+
+    @torch.inference_mode()
+    def hidden(self, row: Row, embeds_TD: Tensor) -> Tensor:
+        """Return the answers' last hidden states, after the final norm, (K, D)."""
+        out = self._decoder(
+            inputs_embeds=embeds_TD[None],
+            position_ids=row.position_ids_T[None],
+            use_cache=False,
+            packed=row.layout,
         )
+        hidden_TD: Tensor = out.last_hidden_state[0]
+        return hidden_TD if self._answers_only else hidden_TD[row.layout.own.answers_N]
+
+    @torch.inference_mode()
+    def distil(self, prompts: Sequence[Segment], max_tokens: int = 4096) -> Floats:
+        """Return the last hidden state of each prompt, `(N, D)` fp32: an item's semantic vector (Fig. 3)."""
+        out = np.empty((len(prompts), self._backbone.d_model), np.float32)
+        start = 0
+        while start < len(prompts):
+            end, tokens = start + 1, len(prompts[start])
+            while end < len(prompts) and tokens + len(prompts[end]) <= max_tokens:
+                tokens += len(prompts[end])
+                end += 1
+            row = Row.of([Part(Segment(()), tuple(prompts[start:end]))], self._backbone.device)
+            embeds_TD = self._backbone.embed(row.token_ids_T)
+            out[start:end] = self.hidden(row, embeds_TD).float().cpu().numpy()
+            start = end
+        return out
 
 
-@dataclass(frozen=True, slots=True)
-class SlotVectors:
-    """The vectors behind a batch's slots, before projection, in the batch's slot order."""
-
-    user_UC: Tensor
-    item_KC: Tensor
-    semantic_KD: Tensor
-
-
-def lay_out(packs: Sequence[Pack]) -> PackedBatch:
-    """Lay packs out side by side, padded on the right to the longest.
-
-    Padding attends to itself alone, so that no row of the softmax is empty, and nothing attends to padding.
-    """
-    width = max(pack.tokens for pack in packs)
-    token_ids = torch.zeros(len(packs), width, dtype=torch.long)
-    positions = torch.zeros(len(packs), width, dtype=torch.long)
-    attention = torch.eye(width, dtype=torch.bool).repeat(len(packs), 1, 1)
-    slots: dict[SlotKind, list[tuple[int, int]]] = {kind: [] for kind in SlotKind}
-    answers: list[tuple[int, int]] = []
-    for row, pack in enumerate(packs):
-        end = len(pack.trunk)
-        token_ids[row, :end] = torch.tensor(pack.trunk.token_ids, dtype=torch.long)
-        positions[row, :end] = torch.arange(end)
-        attention[row, :end, :end] = torch.ones(end, end).tril_().bool()
-        for kind, index in pack.trunk.slots:
-            slots[kind].append((row, index))
-        for branch in pack.branches:
-            start, end = end, end + len(branch.segment)
-            own = end - start
-            token_ids[row, start:end] = torch.tensor(branch.segment.token_ids, dtype=torch.long)
-            positions[row, start:end] = torch.arange(branch.attach, branch.attach + own)
-            attention[row, start:end, : branch.attach] = True
-            attention[row, start:end, start:end] = torch.ones(own, own).tril_().bool()
-            for kind, index in branch.segment.slots:
-                slots[kind].append((row, start + index))
-            answers.append((row, end - 1))
-    where = {kind: torch.tensor(pairs, dtype=torch.long).reshape(-1, 2) for kind, pairs in slots.items()}
-    return PackedBatch(token_ids, positions, attention[:, None], where, torch.tensor(answers, dtype=torch.long))
+def _trim_last_layer(decoder: Any) -> bool:
+    """Let the answers alone leave the last layer, where the architecture is built so that this can be done."""
+    layers = getattr(decoder, "layers", None)
+    if not layers or "position_embeddings" not in inspect.signature(layers[-1].forward).parameters:
+        return False
+    layers[-1] = LastLayer(layers[-1])
+    return True
 
 
-def splice(
-    embeds_BTD: Tensor, batch: PackedBatch, projections: Projections | None, vectors: SlotVectors | None
-) -> Tensor:
-    """Put the projected vectors in place of the slots' embeddings (Eq. 10). Gradients reach the vectors.
-
-    Raises:
-        ValueError: slots without vectors, or counts that differ.
-    """
-    needed = {kind: len(where) for kind, where in batch.slots.items() if len(where)}
-    if not needed:
-        return embeds_BTD
-    if projections is None or vectors is None:
-        raise ValueError(f"the prompt has slots {sorted(needed)} but no vectors were given")
-    raw = {SlotKind.USER: vectors.user_UC, SlotKind.ITEM: vectors.item_KC, SlotKind.WARM: vectors.semantic_KD}
-    for kind, where in batch.slots.items():
-        if len(where) != len(raw[kind]):
-            raise ValueError(f"{kind}: {len(where)} slots but {len(raw[kind])} vectors")
-        if len(where):
-            project = projections.warm if kind is SlotKind.WARM else projections.collab
-            projected = project(raw[kind]).to(embeds_BTD.dtype)
-            embeds_BTD = embeds_BTD.index_put((where[:, 0], where[:, 1]), projected)
-    return embeds_BTD
-
-
-def packed_logits(
-    backbone: Backbone,
-    batch: PackedBatch,
-    projections: Projections | None = None,
-    vectors: SlotVectors | None = None,
-) -> Tensor:
-    """Return `log p(Yes) - log p(No)` of every branch (Eqs. 1-3 and 10), fp32, shape (K,)."""
-    embeds_BTD = splice(backbone.embed(batch.token_ids_BT), batch, projections, vectors)
-    hidden_BTD = backbone.hidden(embeds_BTD, batch.position_ids_BT, batch.attention_B1TT)
-    return backbone.answer_logits(hidden_BTD[batch.answers_K2[:, 0], batch.answers_K2[:, 1]])
-
-
-def split_pack(pack: Pack, max_tokens: int) -> Iterator[tuple[Pack, range]]:
-    """Split a pack's branches so that no part exceeds `max_tokens`; yields each part and its branches' indices.
-
-    A part has at least one branch, however long.
-    """
-    start, tokens = 0, len(pack.trunk)
-    for index, branch in enumerate(pack.branches):
-        if index > start and tokens + len(branch.segment) > max_tokens:
-            yield Pack(pack.trunk, pack.branches[start:index]), range(start, index)
-            start, tokens = index, len(pack.trunk)
-        tokens += len(branch.segment)
-    yield Pack(pack.trunk, pack.branches[start:]), range(start, len(pack.branches))
+def computed_of(layout: PackedLayout) -> list[Tensor]:
+    """Return each trunk's newly computed keys and values after a forward, (L, 2, J, A, E)."""
+    return [torch.stack(layers) for layers in zip(*layout.kept_L, strict=True)]

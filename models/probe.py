@@ -8,7 +8,9 @@ architectures, each loaded backbone is compared with its own full forward, and r
 import torch
 
 from models.backbone import Backbone, BackboneError
-from models.packed import Branch, Pack, lay_out, packed_logits
+from models.masked import lay_out, masked_logits
+from models.packed import PackedModel, Part, Row
+from models.packs import Branch, Pack
 from models.template import Segment
 
 # Longer than any prompt the template makes by default, so that a sliding window shorter than a prompt shows.
@@ -27,15 +29,16 @@ def probe(backbone: Backbone, trunk_tokens: int = TRUNK_TOKENS) -> float:
     kind = type(backbone.causal_lm).__name__
     pack = _random_pack(backbone, trunk_tokens)
     try:
-        packed = packed_logits(backbone, lay_out([pack]).to(backbone.device))
+        masked = masked_logits(backbone, lay_out([pack]).to(backbone.device)).tolist()
+        packed = _packed_logits(backbone, pack)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BackboneError(f"{kind}: it does not take embeddings with positions and a packed mask: {error}") from error
     worst = 0.0
-    for branch, ours in zip(pack.branches, packed.tolist(), strict=True):
+    for branch, *ours in zip(pack.branches, masked, packed, strict=True):
         prompt = pack.trunk.token_ids[: branch.attach] + branch.segment.token_ids
         logits = backbone.causal_lm(torch.tensor([prompt], device=backbone.device), use_cache=False).logits[0, -1]
         own = float(logits[backbone.answers.yes].float() - logits[backbone.answers.no].float())
-        worst = max(worst, abs(own - ours))
+        worst = max(worst, *(abs(own - one) for one in ours))
     if not worst <= TOLERANCE[backbone.dtype]:
         raise BackboneError(
             f"{kind}: packed two-row logits differ from the model's own by {worst:.3g}; its attention or its head does"
@@ -43,6 +46,15 @@ def probe(backbone: Backbone, trunk_tokens: int = TRUNK_TOKENS) -> float:
             " use it"
         )
     return worst
+
+
+def _packed_logits(backbone: Backbone, pack: Pack) -> list[float]:
+    """Return what `models.packed` makes of each branch, the trunk cut where the branch attaches."""
+    parts = [Part(Segment(pack.trunk.token_ids[: one.attach]), (one.segment,)) for one in pack.branches]
+    row = Row.of(parts, backbone.device)
+    hidden_KD = PackedModel(backbone).hidden(row, backbone.embed(row.token_ids_T))
+    logits: list[float] = backbone.answer_logits(hidden_KD).tolist()
+    return logits
 
 
 def _random_pack(backbone: Backbone, trunk_tokens: int) -> Pack:

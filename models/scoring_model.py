@@ -1,6 +1,6 @@
 """A backbone with its projections: what an engine holds, and what evaluation runs.
 
-Shapes: K candidates, D = d_L.
+Shapes: K candidates, N prompts, T tokens of a forward, D = d_L.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,32 +10,63 @@ from itertools import chain, repeat
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.assembly import ScoringGroup
 from models.backbone import Backbone
-from models.packed import Branch, Pack, SlotVectors, lay_out, packed_logits
+from models.packed import PackedModel, Part, Row, computed_of
+from models.prefix_cache import CacheCounts, PrefixCache, chunk_names
+from models.projected import ProjectedRows
 from models.projection import Projections
-from models.template import Segment
+from models.template import Segment, SlotKind
 
 Floats = NDArray[np.float32]
+
+CACHE_BYTES = 256 * 2**20  # some twenty thousand tokens of a 0.5B model: enough for a list that takes several forwards
+PROJECTED_BYTES = 64 * 2**20  # each projection's: 4,681 vectors of Qwen2-7B in fp32, the longest request several times
 
 
 class NotFiniteError(ArithmeticError):
     """A score came out as NaN or infinite."""
 
 
+@dataclass(frozen=True, slots=True)
+class ForwardCounts:
+    """What a model has computed so far."""
+
+    forwards: int
+    tokens: int
+    cache: CacheCounts
+
+
 class ScoringModel:
     """Scores groups and distils titles with frozen weights."""
 
-    def __init__(self, backbone: Backbone, projections: Projections) -> None:
+    def __init__(
+        self, backbone: Backbone, projections: Projections, *, identity: str = "", cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        """`identity` names the weights and projections; the cache's entries carry it, beside the weights' type."""
         self.backbone = backbone
         self.projections = projections.to(backbone.device).eval()
+        self._packed = PackedModel(backbone)
+        self._identity = f"{identity} {backbone.dtype}"
+        self._cache = PrefixCache(cache_bytes)
+        like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
+        self._collab = ProjectedRows(self.projections.collab, backbone.d_model, like, PROJECTED_BYTES)
+        self._warm = ProjectedRows(self.projections.warm, backbone.d_model, like, PROJECTED_BYTES)
+        self._forwards = self._tokens = 0
+
+    @property
+    def counts(self) -> ForwardCounts:
+        """What has been computed so far."""
+        return ForwardCounts(self._forwards, self._tokens, self._cache.counts)
 
     @torch.inference_mode()
     def score(self, groups: Sequence[ScoringGroup], max_tokens: int = 4096) -> list[Floats]:
         """Return each group's probabilities, `(K,)` in candidate order, before calibration.
 
-        A group longer than `max_tokens` takes several forwards, each repeating its trunk; shorter ones share forwards.
+        A group longer than `max_tokens` takes several forwards, and its trunk is computed in the first; shorter ones
+        share forwards.
 
         Raises:
             NotFiniteError: a score is not finite; names the group.
@@ -43,12 +74,7 @@ class ScoringModel:
         probabilities = [np.empty(len(group.pack.branches), np.float32) for group in groups]
         parts = chain.from_iterable(map(_parts, groups, probabilities, repeat(max_tokens)))
         for batch in _batches(parts, max_tokens):
-            scores = self._forward([part.scored for part in batch]).sigmoid().cpu().numpy()
-            start = 0
-            for part in batch:
-                end = start + len(part.probabilities_K)
-                part.probabilities_K[:] = scores[start:end]
-                start = end
+            self._forward(_shared_trunks(batch, self._identity))
         for index, scores in enumerate(probabilities):
             if not np.isfinite(scores).all():
                 raise NotFiniteError(f"group {index}: {int((~np.isfinite(scores)).sum())} scores are not finite")
@@ -56,62 +82,96 @@ class ScoringModel:
 
     def distil(self, prompts: Sequence[Segment], max_tokens: int = 4096) -> Floats:
         """Return the semantic vector of each prompt of Fig. 3, `(N, D)` fp32."""
-        return distil(self.backbone, prompts, max_tokens)
+        return self._packed.distil(prompts, max_tokens)
 
-    def _forward(self, groups: Sequence[ScoringGroup]) -> torch.Tensor:
-        device = self.backbone.device
-        vectors = SlotVectors(
-            user_UC=torch.from_numpy(np.concatenate([group.user_1C for group in groups])).to(device),
-            item_KC=torch.from_numpy(np.concatenate([group.item_KC for group in groups])).to(device),
-            semantic_KD=torch.from_numpy(np.concatenate([group.semantic_KD for group in groups])).to(device),
-        )
-        batch = lay_out([group.pack for group in groups]).to(device)
-        return packed_logits(self.backbone, batch, self.projections, vectors)
+    def _forward(self, trunks: Sequence["_Trunk"]) -> None:
+        """Compute one forward and write every group's scores."""
+        parts = [
+            Part(trunk.segment, trunk.branches, self._cache.find(trunk.names, len(trunk.segment))) for trunk in trunks
+        ]
+        row = Row.of(parts, self.backbone.device)
+        hidden_KD = self._packed.hidden(row, self._embed(row, trunks, parts))
+        for trunk, part, computed in zip(trunks, parts, computed_of(row.layout), strict=True):
+            if part.known < len(part.trunk):
+                self._cache.keep(trunk.names, part.known, computed)
+        scores_K = self.backbone.answer_logits(hidden_KD).sigmoid().cpu().numpy()
+        start = 0
+        for one in chain.from_iterable(trunk.parts for trunk in trunks):
+            end = start + len(one.probabilities_K)
+            one.probabilities_K[:] = scores_K[start:end]
+            start = end
+        self._forwards += 1
+        self._tokens += len(row.token_ids_T)
 
-
-@torch.inference_mode()
-def distil(backbone: Backbone, prompts: Sequence[Segment], max_tokens: int = 4096) -> Floats:
-    """Return the last hidden state of each prompt, `(N, D)` fp32: an item's semantic vector (Fig. 3)."""
-    out = np.empty((len(prompts), backbone.d_model), np.float32)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    start = 0
-    while start < len(order):
-        # Neighbours in length share a batch; nothing attends to padding, so a vector does not depend on them.
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * len(prompts[order[end]]) <= max_tokens:
-            end += 1
-        chosen = order[start:end]
-        packs = [Pack(Segment(()), (Branch(0, prompts[index]),)) for index in chosen]
-        batch = lay_out(packs).to(backbone.device)
-        hidden_BTD = backbone.hidden(backbone.embed(batch.token_ids_BT), batch.position_ids_BT, batch.attention_B1TT)
-        out[chosen] = hidden_BTD[batch.answers_K2[:, 0], batch.answers_K2[:, 1]].float().cpu().numpy()
-        start = end
-    return out
+    def _embed(self, row: Row, trunks: Sequence["_Trunk"], parts: Sequence[Part]) -> Tensor:
+        """Return the row's embeddings, (T, D), with the projected vectors in place of the slots' (Eq. 10)."""
+        embeds_TD = self.backbone.embed(row.token_ids_T)
+        users = [
+            trunk.parts[0].group.user_1C
+            for trunk, part in zip(trunks, parts, strict=True)
+            if any(index >= part.known for _, index in part.trunk.slots)
+        ]
+        groups = [one.group for trunk in trunks for one in trunk.parts]
+        if users:
+            embeds_TD[row.slots[SlotKind.USER]] = self._collab(np.concatenate(users))
+        embeds_TD[row.slots[SlotKind.ITEM]] = self._collab(np.concatenate([group.item_KC for group in groups]))
+        embeds_TD[row.slots[SlotKind.WARM]] = self._warm(np.concatenate([group.semantic_KD for group in groups]))
+        return embeds_TD
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _GroupPart:
     """A part of a group, and where its scores go."""
 
-    scored: ScoringGroup
+    group: ScoringGroup
     probabilities_K: Floats  # a view into the group's own
 
 
-def _batches(parts: Iterable[_Part], max_tokens: int) -> list[list[_Part]]:
-    """Fill forwards with parts of like length."""
-    batches: list[list[_Part]] = []
-    for part in sorted(parts, key=lambda part: part.scored.pack.tokens):
-        # Sorted by length, so a batch costs its newest part's tokens times its rows.
-        if batches and (len(batches[-1]) + 1) * part.scored.pack.tokens <= max_tokens:
-            batches[-1].append(part)
-        else:
-            batches.append([part])
-    return batches
+@dataclass(frozen=True, slots=True)
+class _Trunk:
+    """A trunk of one forward: its chunks' names in the cache, and the parts behind it."""
+
+    names: list[bytes]
+    parts: list[_GroupPart]
+
+    @property
+    def segment(self) -> Segment:
+        return self.parts[0].group.pack.trunk
+
+    @property
+    def branches(self) -> tuple[Segment, ...]:
+        return tuple(branch.segment for one in self.parts for branch in one.group.pack.branches)
 
 
-def _parts(group: ScoringGroup, probabilities_K: Floats, max_tokens: int) -> Iterator[_Part]:
+def _shared_trunks(parts: Iterable[_GroupPart], identity: str) -> list[_Trunk]:
+    """Put parts of equal text and equal vectors behind one trunk: two requests of a user, say."""
+    trunks: dict[bytes, _Trunk] = {}
+    for part in parts:
+        group = part.group
+        if any(branch.attach != len(group.pack.trunk) for branch in group.pack.branches):
+            raise ValueError("a branch attaches inside the trunk; only `models.masked` computes that")
+        names = chunk_names(identity, group.pack.trunk, [group.user_1C.tobytes()] * len(group.pack.trunk.slots))
+        trunks.setdefault(names[-1] if names else b"", _Trunk(names, [])).parts.append(part)
+    return list(trunks.values())
+
+
+def _batches(parts: Iterable[_GroupPart], max_tokens: int) -> Iterator[list[_GroupPart]]:
+    """Fill forwards in order."""
+    batch: list[_GroupPart] = []
+    tokens = 0
+    for part in parts:
+        if batch and tokens + part.group.pack.tokens > max_tokens:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(part)
+        tokens += part.group.pack.tokens
+    if batch:
+        yield batch
+
+
+def _parts(group: ScoringGroup, probabilities_K: Floats, max_tokens: int) -> Iterator[_GroupPart]:
     start = 0
     for part in group.parts(max_tokens):
         end = start + len(part.pack.branches)
-        yield _Part(part, probabilities_K[start:end])
+        yield _GroupPart(part, probabilities_K[start:end])
         start = end

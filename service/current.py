@@ -77,6 +77,7 @@ def open_handle(
             device=settings.device,
             threads=settings.engine_threads,
             batch_tokens=settings.batch_tokens,
+            cache_bytes=settings.cache_mb * 2**20,
         ),
         Supervision(forward_limit_s=settings.forward_limit_s, load_limit_s=settings.load_limit_s),
         log,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.packed import Branch, Pack
+from models.packs import Branch, Pack
 from models.template import PromptKind, Segment, Template, Title, window_start
 from training.data.dataset import Dataset
 from training.data.history import Histories

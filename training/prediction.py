@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.packed import Pack
+from models.packs import Pack
 from models.template import PromptKind
 from training.examples import Examples, Int32, Targets, forwards
 from training.metrics import Floats, auc, uauc

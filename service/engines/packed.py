@@ -19,6 +19,7 @@ from models.bundle import BundleError
 from models.cold import UserPrior
 from models.features import Floats, ItemFeatures
 from models.loading import Bundle
+from models.memory import keep_freed_memory
 from models.scoring_model import ScoringModel
 from models.template import Segment, Template
 from service.engines.protocol import JobFailedError
@@ -37,6 +38,7 @@ class PackedSource:
     device: str
     threads: int | None
     batch_tokens: int
+    cache_bytes: int
 
     def open(self) -> "PackedModel":
         """Verify the bundle again, for it may have changed since, and load its model.
@@ -47,6 +49,7 @@ class PackedSource:
         transformers_logging.disable_progress_bar()
         # PEFT's progress bar makes a semaphore of its own, which a killed worker would leave behind.
         tqdm.set_lock(RLock())
+        keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = self.device
@@ -55,7 +58,7 @@ class PackedSource:
         bundle = Bundle.open(self.folder)
         if bundle.id != self.bundle_id:
             raise BundleError(f"{self.folder}: holds bundle {bundle.id[:12]} now, not {self.bundle_id[:12]}")
-        return PackedModel(bundle, bundle.model(device=device), self.batch_tokens)
+        return PackedModel(bundle, bundle.model(device=device, cache_bytes=self.cache_bytes), self.batch_tokens)
 
 
 class PackedModel:

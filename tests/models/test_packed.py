@@ -1,10 +1,18 @@
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.packed import Branch, Pack, SlotVectors, lay_out, packed_logits, split_pack
+from models.assembly import ScoringGroup
+from models.packed import PackedModel, Part, Row
+from models.packs import Branch, Pack
 from models.projection import Projections
 from models.scorer import score
+from models.scoring_model import ScoringModel
 from models.template import Segment, SlotKind
 from tests.tiny import D_COLLAB, D_HIDDEN, D_MODEL, tiny_backbone
 
@@ -12,122 +20,167 @@ BACKBONE = tiny_backbone()
 torch.manual_seed(5)
 PROJECTIONS = Projections(D_COLLAB, D_HIDDEN, D_MODEL)
 VOCABULARY = 400
+SOME = 6  # candidates of a group that are compared one by one; which ones differs from example to example
 
 
-def tokens(seed: int, length: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
+def model(cache_bytes: int = 2**20) -> ScoringModel:
+    return ScoringModel(BACKBONE, PROJECTIONS, identity="test", cache_bytes=cache_bytes)
 
 
-def slotted_pack(seed: int, trunk: int, lengths: list[int]) -> Pack:
-    """A trunk with a user slot, branches with item and warm slots, the last attached halfway."""
-    user = ((SlotKind.USER, trunk // 3),)
-    branches = [
-        Branch(trunk, Segment(tokens(seed + 1 + i, n + 2), ((SlotKind.ITEM, 0), (SlotKind.WARM, 1))))
-        for i, n in enumerate(lengths)
-    ]
-    branches[-1] = Branch(trunk // 2, branches[-1].segment)
-    return Pack(Segment(tokens(seed, trunk), user), tuple(branches))
+def group(seed: int, candidates: int, history: int, *, text: int | None = None) -> ScoringGroup:
+    """A random user segment of `history` items and random candidates; equal `text`, equal token ids."""
+    words = np.random.default_rng(seed if text is None else text)
+    vectors = np.random.default_rng(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(words.integers(VOCABULARY, size=count).tolist())
+
+    lengths = [3 + int(words.integers(1, 9)) for _ in range(history)]
+    trunk = Segment(tokens(20 + sum(lengths) + 6), ((SlotKind.USER, 20 + sum(lengths)),))
+    slots = ((SlotKind.ITEM, 0), (SlotKind.WARM, 1))
+    branches = tuple(
+        Branch(len(trunk), Segment(tokens(4 + int(words.integers(1, 20))), slots)) for _ in range(candidates)
+    )
+    return ScoringGroup(
+        Pack(trunk, branches),
+        vectors.normal(size=(1, D_COLLAB)).astype(np.float32),
+        vectors.normal(size=(candidates, D_COLLAB)).astype(np.float32),
+        vectors.normal(size=(candidates, D_MODEL)).astype(np.float32),
+    )
 
 
-def slot_vectors(seed: int, packs: int, branches: int) -> SlotVectors:
-    torch.manual_seed(seed)
-    return SlotVectors(torch.randn(packs, D_COLLAB), torch.randn(branches, D_COLLAB), torch.randn(branches, D_MODEL))
+def reference(group: ScoringGroup, candidate: int) -> float:
+    vectors = {
+        SlotKind.USER: torch.from_numpy(group.user_1C[0]),
+        SlotKind.ITEM: torch.from_numpy(group.item_KC[candidate]),
+        SlotKind.WARM: torch.from_numpy(group.semantic_KD[candidate]),
+    }
+    return score(BACKBONE, group.pack.trunk + group.pack.branches[candidate].segment, PROJECTIONS, vectors)
 
 
-@settings(max_examples=25, deadline=None)
+def assert_equals_reference(group: ScoringGroup, scores: np.ndarray, seed: int = 0) -> None:
+    assert scores.shape == (len(group.pack.branches),)
+    for candidate in np.random.default_rng(seed).permutation(len(scores))[:SOME].tolist():
+        assert abs(reference(group, candidate) - float(scores[candidate])) < 1e-5
+
+
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 10**6),
-    st.lists(
-        st.tuples(st.integers(3, 40), st.lists(st.integers(1, 9), min_size=1, max_size=6)), min_size=1, max_size=4
-    ),
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 50)), min_size=1, max_size=3),
+    st.sampled_from([0, 20_000, 2**22]),
+    st.sampled_from([100, 700, 4096]),
 )
-def test_packed_equals_one_prompt_at_a_time(seed: int, shapes: list[tuple[int, list[int]]]) -> None:
-    packs = [slotted_pack(seed + 100 * i, trunk, lengths) for i, (trunk, lengths) in enumerate(shapes)]
-    vectors = slot_vectors(seed, len(packs), sum(len(pack.branches) for pack in packs))
-    with torch.no_grad():
-        packed = packed_logits(BACKBONE, lay_out(packs), PROJECTIONS, vectors).sigmoid()
-    index = 0
-    for row, pack in enumerate(packs):
-        for branch in pack.branches:
-            prompt = Segment(pack.trunk.token_ids[: branch.attach], pack.trunk.slots) + branch.segment
-            alone = score(
-                BACKBONE,
-                prompt,
-                PROJECTIONS,
-                {
-                    SlotKind.USER: vectors.user_UC[row],
-                    SlotKind.ITEM: vectors.item_KC[index],
-                    SlotKind.WARM: vectors.semantic_KD[index],
-                },
-            )
-            assert abs(alone - float(packed[index])) < 1e-5
-            index += 1
+def test_packed_equals_the_reference_cached_or_not_whatever_the_neighbours(
+    seed: int, shapes: list[tuple[int, int]], cache_bytes: int, max_tokens: int
+) -> None:
+    groups = [group(seed + i, *shape) for i, shape in enumerate(shapes)]
+    packed = model(cache_bytes)
+    first = packed.score(groups, max_tokens)
+    again = packed.score(groups[::-1], max_tokens)[::-1]
+    for one, cold, warm in zip(groups, first, again, strict=True):
+        assert_equals_reference(one, cold, seed)
+        np.testing.assert_allclose(cold, warm, atol=1e-5)
 
 
-def test_packed_losses_and_gradients_equal_one_pair_at_a_time() -> None:
-    packs = [slotted_pack(1, 21, [4, 7, 2]), slotted_pack(50, 9, [3, 3])]
-    labels = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
-    vectors = slot_vectors(3, 2, 5)
-
-    def gradients(batches: list[tuple[list[Pack], SlotVectors, torch.Tensor]]) -> tuple[float, list[torch.Tensor]]:
-        leaves = [vectors.user_UC, vectors.item_KC, vectors.semantic_KD, *PROJECTIONS.parameters()]
-        for leaf in leaves:
-            leaf.requires_grad_(True).grad = None
-        total = 0.0
-        for group, part, wanted in batches:
-            logits = packed_logits(BACKBONE, lay_out(group), PROJECTIONS, part)
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
-            loss.backward()
-            total += float(loss.detach())
-        return total, [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
-
-    together = gradients([(packs, vectors, labels)])
-    single = []
-    index = 0
-    for row, pack in enumerate(packs):
-        for branch in pack.branches:
-            one = slice(index, index + 1)
-            part = SlotVectors(vectors.user_UC[row : row + 1], vectors.item_KC[one], vectors.semantic_KD[one])
-            single.append(([Pack(pack.trunk, (branch,))], part, labels[one]))
-            index += 1
-    alone = gradients(single)
-    assert abs(together[0] - alone[0]) < 1e-4
-    assert len(together[1]) == len(alone[1]) == 3 + 6
-    for ours, theirs in zip(together[1], alone[1], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
+def test_the_order_of_candidates_does_not_change_their_scores() -> None:
+    one, packed = group(1, 40, 5), model()
+    order = np.random.default_rng(0).permutation(40)
+    mixed = replace(
+        one,
+        pack=Pack(one.pack.trunk, tuple(one.pack.branches[i] for i in order)),
+        item_KC=one.item_KC[order],
+        semantic_KD=one.semantic_KD[order],
+    )
+    [straight], [permuted] = packed.score([one]), packed.score([mixed])
+    np.testing.assert_allclose(permuted, straight[order], atol=1e-5)
 
 
-def test_neighbours_and_order_do_not_change_a_score() -> None:
-    first, second = slotted_pack(1, 30, [4, 5]), slotted_pack(2, 7, [1])
-    vectors = slot_vectors(0, 2, 3)
-    swapped = SlotVectors(vectors.user_UC.flip(0), vectors.item_KC[[2, 0, 1]], vectors.semantic_KD[[2, 0, 1]])
-    with torch.no_grad():
-        ours = packed_logits(BACKBONE, lay_out([first, second]), PROJECTIONS, vectors)
-        theirs = packed_logits(BACKBONE, lay_out([second, first]), PROJECTIONS, swapped)
-    torch.testing.assert_close(ours, theirs[[1, 2, 0]], atol=1e-5, rtol=0)
+def test_users_of_equal_text_and_other_vectors_share_nothing() -> None:
+    one, other = group(1, 8, 5, text=7), group(2, 8, 5, text=7)
+    assert one.pack == other.pack
+    packed = model()
+    for _ in range(2):  # the second time from the cache
+        for each, scores in zip((one, other), packed.score([one, other]), strict=True):
+            assert_equals_reference(each, scores)
 
 
-def test_vectors_that_do_not_match_the_slots_are_refused() -> None:
-    import pytest
-
-    batch = lay_out([slotted_pack(1, 5, [2, 2])])
-    with pytest.raises(ValueError, match="2 slots but 3 vectors"):
-        packed_logits(BACKBONE, batch, PROJECTIONS, slot_vectors(0, 1, 3))
-    with pytest.raises(ValueError, match="no vectors were given"):
-        packed_logits(BACKBONE, batch)
-
-
-def test_tokens_are_counted_packed_and_alone() -> None:
-    pack = Pack(Segment(tokens(0, 10)), (Branch(10, Segment(tokens(1, 3))), Branch(5, Segment(tokens(2, 4)))))
-    assert pack.tokens == 17 and pack.tokens_alone == 13 + 9
+def test_equal_trunks_of_a_forward_are_computed_once() -> None:
+    one = group(1, 8, 5)
+    both = replace(one, item_KC=-one.item_KC)
+    packed = model(cache_bytes=0)
+    first, second = packed.score([one, both])
+    assert_equals_reference(one, first)
+    assert_equals_reference(both, second)
+    assert packed.counts.tokens == one.pack.tokens + both.pack.tokens - len(one.pack.trunk)
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 60))
-def test_split_parts_cover_every_branch_once_and_fit(lengths: list[int], budget: int) -> None:
-    pack = Pack(Segment(tokens(0, 10)), tuple(Branch(10, Segment((1,) * n)) for n in lengths))
-    parts = list(split_pack(pack, budget))
-    assert [index for _, where in parts for index in where] == list(range(len(lengths)))
-    for part, where in parts:
-        assert part.branches == pack.branches[where.start : where.stop]
-        assert part.tokens <= budget or len(part.branches) == 1
+def test_a_long_list_computes_its_user_segment_once() -> None:
+    one = group(1, 120, 20)
+    packed = model()
+    [scores] = packed.score([one], max_tokens=600)
+    assert packed.counts.forwards > 3
+    assert packed.counts.tokens == one.pack.tokens
+    assert_equals_reference(one, scores)
+
+
+def test_a_history_that_grew_is_extended_not_computed_again() -> None:
+    grown = group(1, 4, 20)
+    slot = grown.pack.trunk.slots[0][1]
+    shorter = Segment(grown.pack.trunk.token_ids[: slot - 9] + grown.pack.trunk.token_ids[slot:])
+    shorter = Segment(shorter.token_ids, ((SlotKind.USER, slot - 9),))
+    branches = tuple(Branch(len(shorter), branch.segment) for branch in grown.pack.branches)
+    packed = model()
+    packed.score([replace(grown, pack=Pack(shorter, branches))])
+    before = packed.counts.tokens
+    [scores] = packed.score([grown])
+    assert_equals_reference(grown, scores)
+    new = 9 + len(grown.pack.trunk) - slot
+    own = grown.pack.tokens - len(grown.pack.trunk)
+    assert packed.counts.tokens - before < own + new + 16
+
+
+def test_threads_that_share_a_model_get_their_own_scores() -> None:
+    """Users of one text, scored at once through one small cache that evicts all the time."""
+    groups = [group(seed, 5, 6, text=3) for seed in range(6)]
+    expected = [[reference(one, i) for i in range(5)] for one in groups]
+    packed = model(cache_bytes=60_000)
+    worst = [1.0] * len(groups)
+
+    def work(index: int) -> None:
+        differences = [abs(packed.score([groups[index]])[0] - expected[index]).max() for _ in range(15)]
+        worst[index] = max(differences)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(groups))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(worst) < 1e-5
+
+
+def test_a_branch_inside_the_trunk_is_refused() -> None:
+    one = group(1, 1, 2)
+    early = replace(one, pack=Pack(one.pack.trunk, (Branch(3, one.pack.branches[0].segment),)))
+    with pytest.raises(ValueError, match="attaches inside the trunk"):
+        model().score([early])
+
+
+def test_gradients_are_refused_not_silently_wrong() -> None:
+    packed = PackedModel(BACKBONE)
+    row = Row.of([Part(Segment((1, 2, 3)), (Segment((4, 5)),))], torch.device("cpu"))
+    embeds = BACKBONE.embed(row.token_ids_T).clone().requires_grad_(True)
+    with torch.enable_grad():
+        inner = packed._decoder
+        with pytest.raises(RuntimeError, match="gives no gradients"):
+            inner(inputs_embeds=embeds[None], position_ids=row.position_ids_T[None], packed=row.layout)
+
+
+def test_the_backbone_itself_is_left_as_it_was() -> None:
+    before = BACKBONE.causal_lm.config._attn_implementation
+    packed = PackedModel(BACKBONE)
+    assert BACKBONE.causal_lm.config._attn_implementation == before
+    ours = dict(BACKBONE.causal_lm.base_model.named_parameters())
+    theirs = {name.replace("layers.1.layer.", "layers.1."): one for name, one in packed._decoder.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)

@@ -5,6 +5,8 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -46,9 +48,20 @@ def test_plain_causal_architectures_pass() -> None:
     assert probe(backbone_of(Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)))) < 1e-3
 
 
+def test_architectures_whose_last_layer_cannot_be_trimmed_pass() -> None:
+    config = GPT2Config(vocab_size=420, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3)
+    assert probe(backbone_of(GPT2LMHeadModel(config))) < 1e-3
+
+
+def test_a_soft_cap_on_the_attention_is_refused() -> None:
+    config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=5.0)
+    with pytest.raises(BackboneError, match="softcap"):
+        probe(backbone_of(Gemma2ForCausalLM(config)))
+
+
 def test_a_sliding_window_shorter_than_a_prompt_is_refused() -> None:
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))
-    with pytest.raises(BackboneError, match="MistralForCausalLM: packed"):
+    with pytest.raises(BackboneError, match="exceeds the attention window of 16"):
         probe(backbone_of(model))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.assembly import ScoringGroup
-from models.packed import Branch, Pack
+from models.packs import Branch, Pack
 from models.template import Segment
 from service.batcher import Batcher, BatchLimits, DeadlineExceededError, QueueFullError
 from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, ScoreJob

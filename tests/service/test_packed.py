@@ -83,6 +83,6 @@ def test_warming_up_passes_a_good_model_and_refuses_a_bad_one(
 
 
 def test_a_bundle_that_changed_since_is_refused(bundle: Bundle) -> None:
-    source = PackedSource(bundle.folder, "0" * 64, "cpu", None, 1024)
+    source = PackedSource(bundle.folder, "0" * 64, "cpu", None, 1024, 0)
     with pytest.raises(BundleError, match="holds bundle"):
         source.open()

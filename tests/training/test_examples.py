@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.packed import Branch, Pack
+from models.packs import Branch, Pack
 from models.template import PromptKind, Segment, Template, TemplateConfig
 from models.tokens import TextEncoder
 from tests.tiny import tiny_titles, tiny_tokenizer

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from models.backbone import Backbone, load_backbone
-from models.packed import Branch, Pack, SlotVectors, lay_out, packed_logits
+from models.masked import SlotVectors, lay_out, masked_logits
+from models.packs import Branch, Pack
 from models.projection import Verbatim
 from models.template import PromptKind, Segment, Template
 from tests.training.micro import MICRO
@@ -60,7 +61,7 @@ def test_every_slot_moves_the_answer_the_way_its_word_says(
     features = torch.tensor(list(itertools.product((0, 1), repeat=3)))
     batch = lay_out([Pack(Segment(()), (Branch(0, prompt),))] * len(features))
     with torch.no_grad():
-        logits = packed_logits(backbone, batch, Verbatim(), SlotVectors(*words[features].unbind(1)))
+        logits = masked_logits(backbone, batch, Verbatim(), SlotVectors(*words[features].unbind(1)))
     for slot, name in enumerate(("user", "item", "warm")):
         effect = logits[features[:, slot] == 1].mean() - logits[features[:, slot] == 0].mean()
         assert effect > 0.5, f"the {name}'s feature moves the answer by {float(effect):.3f}"

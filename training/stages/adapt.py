@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from models.backbone import DTYPES, Backbone, load_backbone
-from models.packed import Pack, lay_out, packed_logits
-from models.scoring_model import distil
+from models.masked import lay_out, masked_logits
+from models.packed import PackedModel
+from models.packs import Pack
 from models.template import PromptKind
 from training.examples import Examples, Int32, answer_loss, forwards, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
@@ -40,7 +41,7 @@ def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
 
     def forward(batch: Sequence[tuple[Pack, Int32]]) -> Tensor:
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.autocast):
-            return packed_logits(backbone, lay_out([pack for pack, _ in batch]).to(run.device))
+            return masked_logits(backbone, lay_out([pack for pack, _ in batch]).to(run.device))
 
     def evaluate() -> dict[str, float]:
         backbone.model.eval()
@@ -91,7 +92,8 @@ def distil_items(run: Run, examples: Examples, backbone: Backbone) -> Tensor:
         vectors = torch.zeros(len(prompts), backbone.d_model)
         mine = run.share(list(range(len(prompts))))
         if mine:
-            vectors[mine] = torch.from_numpy(distil(backbone, [prompts[row] for row in mine], run.config.max_tokens))
+            packed = PackedModel(backbone)
+            vectors[mine] = torch.from_numpy(packed.distil([prompts[row] for row in mine], run.config.max_tokens))
         vectors = run.sum(vectors.to(run.device)).cpu()
         if run.is_main:
             write_tensors(path, {"semantic": vectors})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from models.backbone import Backbone, load_backbone
-from models.packed import SlotVectors, lay_out, packed_logits
+from models.masked import SlotVectors, lay_out, masked_logits
 from models.projection import Verbatim
 from models.template import PromptKind, Template, TemplateConfig
 from training.config import TinyConfig
@@ -143,7 +143,7 @@ class _Tasks:
             with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.config.autocast):
                 words_2D = self.backbone.embed(answers)
                 mixed_3KD = torch.lerp(words_2D[0], words_2D[1], features_K3.T[..., None])
-                logits_K = packed_logits(self.backbone, layout, Verbatim(), SlotVectors(*mixed_3KD.unbind(0)))
+                logits_K = masked_logits(self.backbone, layout, Verbatim(), SlotVectors(*mixed_3KD.unbind(0)))
             yield _divergence(logits_K, READING_SLOPE * (2 * features_K3 - 1).sum(-1))
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.packed import Pack, SlotVectors, lay_out, packed_logits
+from models.masked import SlotVectors, lay_out, masked_logits
+from models.packs import Pack
 from models.projection import Projections
 from models.template import PromptKind
 from training.examples import Examples, Int32, Targets, answer_loss, forwards, rows_of, shuffled_steps
@@ -149,7 +150,7 @@ class SlotForward:
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.autocast):
             layout = lay_out([pack for pack, _ in batch]).to(device)
-            return packed_logits(self.backbone, layout, self.projections, vectors)
+            return masked_logits(self.backbone, layout, self.projections, vectors)
 
     def predict(self, examples: Examples, targets: Targets) -> np.ndarray:
         """Return the logits of a split's targets, `(B,)`."""

@@ -1,0 +1,160 @@
+"""Attention of packed prompts: a product with what is shared, a product with what is one's own, merged exactly.
+
+All prompts of a forward lie in one row: the trunks' new tokens first, then the branches'. A branch token attends to its
+whole trunk and to its own branch. The softmax over both is the two products' softmaxes weighted by their log-sum-exps,
+so no mask over branches is made, and the cost grows with the number of branches, not with its square.
+
+For inference alone: the CPU kernel's log-sum-exp carries no gradient. Training takes `models.masked`.
+
+Shapes: T tokens of the row, R branch tokens among them, N branches, S tokens of the longest, P tokens of a trunk, A of
+them new, L layers, H query heads, J key/value heads, E dimensions of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from models.kernels import attend, merge
+
+NAME = "sella_packed"
+
+
+class Attends(Protocol):
+    """What a forward hands to its layers' attention."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        ...
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Return the attention of one layer, in the queries' shape; called for each layer in turn."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkSpan:
+    """Where a trunk's new tokens and its branches' tokens lie in the row, and what is kept of its tokens before."""
+
+    new: slice
+    branches: slice
+    answers: int  # how many branches
+    past_L2JPE: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTokens:
+    """The branches' tokens as a rectangle, one branch a row.
+
+    A shorter branch repeats its last token. Causal attention hides that from the rest, and unlike a zero or a
+    neighbour's token it is not NaN unless the branch itself is.
+    """
+
+    rectangle_NS: Tensor  # places in the row
+    repeats_NS: Tensor  # True where a token is repeated
+    places_R: Tensor  # of each branch token in the flattened rectangle
+    answers_N: Tensor  # each branch's last token, its place in the row
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], start: int, device: torch.device) -> "OwnTokens":
+        """Lay out branches of these lengths that follow each other from place `start` on."""
+        lengths_N = torch.tensor(lengths)
+        ends_N = start + lengths_N.cumsum(0)
+        columns_S = torch.arange(int(lengths_N.max()))
+        rectangle_NS = (ends_N - lengths_N)[:, None] + torch.minimum(columns_S, lengths_N[:, None] - 1)
+        repeats_NS = columns_S >= lengths_N[:, None]
+        places_R = (~repeats_NS).flatten().nonzero().flatten()
+        return cls(*(one.to(device) for one in (rectangle_NS, repeats_NS, places_R, ends_N - 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Who attends to whom in one forward; the trunks' new keys and values are kept here as the layers compute them."""
+
+    spans: tuple[TrunkSpan, ...]
+    trunk_tokens: int  # new tokens of all trunks; branch tokens begin here
+    own: OwnTokens
+    longest: int
+    kept_L: list[list[Tensor]] = field(default_factory=list)  # one (2, J, A, E) for each span
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Return the attention of one layer, (1, H, T, E); called for each layer in turn."""
+        out = torch.empty_like(query)
+        own, own_lse = self._attend_own(query, key, value, scale)
+        for span, trunk in zip(self.spans, self.keep(key, value), strict=True):
+            out[:, :, span.new] = _attend_new(query[:, :, span.new], trunk, scale)
+            mine = slice(span.branches.start - self.trunk_tokens, span.branches.stop - self.trunk_tokens)
+            if trunk.shape[2]:
+                shared, lse = attend(query[:, :, span.branches], trunk[:1], trunk[1:], scale=scale)
+                out[:, :, span.branches] = merge(shared, lse, own[:, :, mine], own_lse[:, :, mine])
+            else:
+                out[:, :, span.branches] = own[:, :, mine]
+        return out
+
+    def keep(self, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Keep a layer's new keys and values of every trunk; return each trunk's all, (2, J, P, E)."""
+        layer = len(self.kept_L)
+        new = [torch.stack((key[0, :, span.new], value[0, :, span.new])) for span in self.spans]
+        self.kept_L.append(new)
+        return [
+            one if span.past_L2JPE is None else torch.cat((span.past_L2JPE[layer], one), dim=2)
+            for span, one in zip(self.spans, new, strict=True)
+        ]
+
+    def _attend_own(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Let every branch attend to itself, causally."""
+        query_NHSE, key_NJSE, value_NJSE = (
+            one[0, :, self.own.rectangle_NS].transpose(0, 1) for one in (query, key, value)
+        )
+        out_NHSE, lse_NHS = attend(query_NHSE, key_NJSE, value_NJSE, scale=scale, causal=True)
+        out = out_NHSE.transpose(0, 1).flatten(1, 2)[None, :, self.own.places_R]
+        return out, lse_NHS.transpose(0, 1).flatten(1, 2)[None, :, self.own.places_R]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    packed: Attends,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend as `packed` says: an attention function of transformers' interface.
+
+    `query` is (1, H, T, E), `key` and `value` (1, J, T, E); returns (1, T, H, E). The mask plays no part.
+
+    Raises:
+        ValueError: the architecture asks for more than softmax attention over the whole prompt.
+        RuntimeError: gradients are wanted.
+    """
+    asked = sorted(name for name in ("softcap", "s_aux") if options.get(name) is not None)
+    if asked:
+        raise ValueError(f"{type(module).__name__} attends with {asked}, which packed prompts do not have")
+    window = options.get("sliding_window")
+    if window is not None and packed.longest > window:
+        raise ValueError(f"a prompt of {packed.longest} tokens exceeds the attention window of {window}")
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise RuntimeError("packed attention gives no gradients; train with models.masked")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return packed.attend(query, key, value, scale).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+def _attend_new(query: Tensor, trunk: Tensor, scale: float) -> Tensor:
+    """Let a trunk's new tokens, its last, attend to each other, causally, and to all that came before them."""
+    count, known = query.shape[2], trunk.shape[2] - query.shape[2]
+    if not count:
+        return query
+    out, lse = attend(query, trunk[:1, :, known:], trunk[1:, :, known:], scale=scale, causal=True)
+    if not known:
+        return out
+    return merge(out, lse, *attend(query, trunk[:1, :, :known], trunk[1:, :, :known], scale=scale))

@@ -1,0 +1,24 @@
+"""How this process asks the system for memory."""
+
+import ctypes
+import platform
+from contextlib import suppress
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed, for the next forward; return whether it does.
+
+    A forward on a CPU makes and frees tensors of many megabytes for every layer. By default each is mapped, its pages
+    cleared one by one as they are first touched, and unmapped: a sixth of the time of a packed forward of Qwen2-0.5B's
+    shape. Works on Linux with glibc, and does nothing elsewhere.
+    """
+    if platform.system() != "Linux":
+        return False
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return False

@@ -1,0 +1,52 @@
+"""What several prompts share, and what each has alone.
+
+A trunk holds what several prompts share: the instruction and the history. Each branch attends to the first `attach`
+trunk tokens and to itself, and its positions go on from `attach`, so every branch sees exactly the prompt it would
+see alone. A branch may attach anywhere: prompts whose history only grows at its end share one trunk too. Exact for
+causal attention, which `models.probe` checks on every backbone that is loaded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from models.template import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One prompt's own part: its segment, and how many trunk tokens precede it."""
+
+    attach: int
+    segment: Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A trunk and the branches that share it."""
+
+    trunk: Segment
+    branches: tuple[Branch, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens one forward computes for this pack."""
+        return len(self.trunk) + sum(len(branch.segment) for branch in self.branches)
+
+    @property
+    def tokens_alone(self) -> int:
+        """How many tokens its prompts would take one by one."""
+        return sum(branch.attach + len(branch.segment) for branch in self.branches)
+
+
+def split_pack(pack: Pack, max_tokens: int) -> Iterator[tuple[Pack, range]]:
+    """Split a pack's branches so that no part exceeds `max_tokens`; yields each part and its branches' indices.
+
+    A part has at least one branch, however long.
+    """
+    start, tokens = 0, len(pack.trunk)
+    for index, branch in enumerate(pack.branches):
+        if index > start and tokens + len(branch.segment) > max_tokens:
+            yield Pack(pack.trunk, pack.branches[start:index]), range(start, index)
+            start, tokens = index, len(pack.trunk)
+        tokens += len(branch.segment)
+    yield Pack(pack.trunk, pack.branches[start:]), range(start, len(pack.branches))

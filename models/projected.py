@@ -1,0 +1,58 @@
+"""Projected vectors, each computed once: catalogue items recur in every request.
+
+Shapes: K vectors asked for, X their width, M vectors that fit, D = d_L.
+"""
+
+from collections import OrderedDict
+from threading import Lock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Floats = NDArray[np.float32]
+
+
+class ProjectedRows:
+    """A projection behind an LRU of its outputs, keyed by the vectors' bytes. Safe to share between threads."""
+
+    def __init__(self, projection: nn.Module, width: int, like: Tensor, budget_bytes: int) -> None:
+        """`like` gives the dtype and device of the outputs, `width` is D."""
+        self._projection = projection
+        self._like = like
+        self._table_MD: Tensor | None = None  # made at the first use, so that who never scores pays nothing
+        self._shape = (max(1, budget_bytes // (width * like.element_size())), width)
+        self._rows: OrderedDict[bytes, int] = OrderedDict()
+        self._lock = Lock()
+
+    def __call__(self, vectors_KX: Floats) -> Tensor:
+        """Return the projected vectors, (K, D)."""
+        names = [vector.tobytes() for vector in vectors_KX]
+        first = {name: index for index, name in reversed(list(enumerate(names)))}
+        if len(first) > self._shape[0]:
+            return self._project(vectors_KX)
+        with self._lock:
+            if self._table_MD is None:
+                self._table_MD = torch.empty(self._shape, dtype=self._like.dtype, device=self._like.device)
+            for name in first:
+                if name in self._rows:
+                    self._rows.move_to_end(name)
+            missing = [name for name in first if name not in self._rows]
+            if missing:
+                projected = self._project(vectors_KX[[first[name] for name in missing]])
+                self._table_MD[[self._place(name) for name in missing]] = projected
+            # Read under the lock: another thread may give a place away.
+            return self._table_MD[[self._rows[name] for name in names]]
+
+    def _place(self, name: bytes) -> int:
+        """Give a vector the next free place, or the place of the one unused for longest."""
+        full = len(self._rows) == self._shape[0]
+        place = self._rows.popitem(last=False)[1] if full else len(self._rows)
+        self._rows[name] = place
+        return place
+
+    def _project(self, vectors_KX: Floats) -> Tensor:
+        vectors = torch.from_numpy(np.ascontiguousarray(vectors_KX)).to(self._like.device)
+        out: Tensor = self._projection(vectors).to(self._like.dtype)
+        return out
