@@ -1,24 +1,36 @@
-"""The queue in front of an engine: bounded by tokens, refusing at once, forgetting what nobody waits for.
+"""The queue in front of an engine: admits what can be answered in time, and forgets what nobody waits for.
 
 Shapes: K candidates of a group, N prompts, D = d_L.
 """
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from models.assembly import ScoringGroup
 from models.features import Floats
 from models.template import Segment
-from service.engines.protocol import DistilJob, Engine, EngineError, Job, JobFailedError, Outcome, ScoreJob
+from service.engines.protocol import DistilJob, Engine, EngineError, JobFailedError, ScoreJob
+from service.pace import Pace
+from service.waiting import Entry, Waiting, batch_tokens, distil_entry, score_entry
+
+# A request may be overtaken by shorter ones that come within so many times its own work's duration.
+PATIENCE = 4.0
+# Of the time until its deadline, what a request must be expected to need at most: a pace is an estimate.
+SAFETY = 0.8
 
 
 class QueueFullError(Exception):
-    """Refused at once: so many tokens wait already that this request would wait too long."""
+    """Refused at once: what waits already would not leave enough time. `retry_after_s` is a guess at when it would."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceededError(Exception):
@@ -31,7 +43,7 @@ class BatchLimits:
 
     queue_tokens: int
     batch_tokens: int
-    wait_s: float
+    ahead_s: float  # how long before the engine is expected to be free its next batch is sent
     in_flight: int
 
 
@@ -44,22 +56,19 @@ class Waited:
 
 
 @dataclass(eq=False, slots=True)
-class _Entry:
-    """One job in the queue or at the engine."""
+class _Running:
+    """A batch at the engine."""
 
-    job: Job
     tokens: int
-    outcome: asyncio.Future[Outcome]
-    enqueued: float = field(default_factory=time.monotonic)
-    dispatched: float | None = None
+    dispatched: float
 
 
 class Batcher:
     """Takes jobs from requests and hands the engine batches.
 
-    A long group is cut into parts of a batch's size, so that every forward is bounded and a batch is a meaningful
-    unit of time. Nothing here runs of itself: the queue moves when a job arrives, when a batch ends, and when a
-    partly filled batch has waited its few milliseconds.
+    A long group is cut into parts of a batch's size, so that every forward is bounded and a short request waits for
+    one of them, not for all. Nothing here runs of itself: the queue moves when a job arrives, when a batch ends, and
+    shortly before one is expected to.
     """
 
     def __init__(self, engine: Engine, limits: BatchLimits, on_queue: Callable[[int], None] = lambda _: None) -> None:
@@ -67,15 +76,16 @@ class Batcher:
         self._limits = limits
         self._on_queue = on_queue  # told every change of the waiting tokens
         self._ids = itertools.count()
-        self._waiting: dict[int, _Entry] = {}  # in order of arrival; keyed, so that leaving costs nothing
-        self._waiting_tokens = 0
-        self._running: set[asyncio.Task[None]] = set()
+        self._waiting = Waiting()
+        self._pace = Pace()
+        self._running: dict[asyncio.Task[bool], _Running] = {}  # in order of dispatch, which is the engine's order
+        self._last_finished = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def waiting_tokens(self) -> int:
         """Tokens in the queue, not yet with the engine."""
-        return self._waiting_tokens
+        return self._waiting.tokens
 
     async def score(self, groups: Sequence[ScoringGroup], deadline: float) -> tuple[list[Floats], Waited]:
         """Return each group's raw probabilities, `(K,)`; `deadline` is `time.monotonic()` seconds.
@@ -86,29 +96,20 @@ class Batcher:
             EngineError: the engine is gone, or a group failed.
         """
         parts = [list(group.parts(self._limits.batch_tokens)) for group in groups]
-        entries = [
-            self._entry(ScoreJob(next(self._ids), deadline, part), part.pack.tokens)
-            for group_parts in parts
-            for part in group_parts
-        ]
-        values, waited = await self._run(entries)
+        jobs = [ScoreJob(next(self._ids), deadline, part) for group_parts in parts for part in group_parts]
+        values, waited = await self._run([score_entry(job) for job in jobs], deadline)
         computed = iter(values)
         return [np.concatenate([next(computed) for _ in group_parts]) for group_parts in parts], waited
 
     async def distil(self, prompts: Sequence[Segment], deadline: float) -> tuple[Floats, Waited]:
         """Return each prompt's semantic vector, `(N, D)`; raises like `score`."""
-        entries = [
-            self._entry(DistilJob(next(self._ids), deadline, chunk), sum(map(len, chunk)))
-            for chunk in _chunks(prompts, self._limits.batch_tokens)
-        ]
-        values, waited = await self._run(entries)
+        chunks = _chunks(prompts, self._limits.batch_tokens)
+        jobs = [DistilJob(next(self._ids), deadline, chunk) for chunk in chunks]
+        values, waited = await self._run([distil_entry(job) for job in jobs], deadline)
         return np.concatenate(values), waited
 
-    def _entry(self, job: Job, tokens: int) -> _Entry:
-        return _Entry(job, tokens, asyncio.get_running_loop().create_future())
-
-    async def _run(self, entries: Sequence[_Entry]) -> tuple[list[Floats], Waited]:
-        self._admit(entries)
+    async def _run(self, entries: Sequence[Entry], deadline: float) -> tuple[list[Floats], Waited]:
+        self._admit(entries, deadline)
         try:
             outcomes = await asyncio.gather(*(entry.outcome for entry in entries))
         finally:
@@ -121,90 +122,136 @@ class Batcher:
         enqueued = min((entry.enqueued for entry in entries), default=now)
         return [one for one in outcomes if not isinstance(one, EngineError)], Waited(first - enqueued, now - first)
 
-    def _admit(self, entries: Sequence[_Entry]) -> None:
+    def _admit(self, entries: Sequence[Entry], deadline: float) -> None:
         """Take all of a request's jobs or none. An empty queue takes any one request, or the largest never ran."""
+        now = time.monotonic()
         tokens = sum(entry.tokens for entry in entries)
-        if self._waiting and self._waiting_tokens + tokens > self._limits.queue_tokens:
-            raise QueueFullError(
-                f"{self._waiting_tokens} tokens wait and {tokens} more exceed {self._limits.queue_tokens}"
-            )
-        self._waiting.update((entry.job.id, entry) for entry in entries)
-        self._count(tokens)
+        due = now + PATIENCE * self._seconds(tokens)
+        if self._waiting:
+            over = self._waiting.tokens + tokens - self._limits.queue_tokens
+            if over > 0:
+                raise QueueFullError(f"{over} tokens over {self._limits.queue_tokens}", self._retry_after(over))
+            late = self._late_by(tokens, due, deadline, now)
+            if late > 0:
+                raise QueueFullError(f"it would be late by {late:.3g} s", max(1, math.ceil(late)))
+        for entry in entries:
+            entry.due = due
+            self._waiting.add(entry)
+        self._on_queue(tokens)
         self._pump()
 
-    def _leave(self, entries: Sequence[_Entry]) -> None:
+    def _late_by(self, tokens: int, due: float, deadline: float, now: float) -> float:
+        """Return by how much the new request would miss its deadline, or make one that waits miss its own."""
+        if not self._pace.known:
+            return 0.0
+        busy = self._busy_until(now) - now
+        before = sum(entry.tokens for entry in self._waiting if entry.due <= due)
+        late = busy + self._seconds(before + tokens) - SAFETY * (deadline - now)
+        passed = 0
+        for entry in self._waiting:
+            passed += entry.tokens
+            if entry.due > due:
+                left = SAFETY * (entry.job.deadline - now) - busy
+                if self._seconds(passed) <= left < self._seconds(passed + tokens):
+                    late = max(late, self._seconds(passed + tokens) - left)
+        return late
+
+    def _retry_after(self, tokens: int) -> int:
+        """Return in how many seconds so many tokens will have left the queue, at least one."""
+        return max(1, math.ceil(self._seconds(tokens)))
+
+    def _seconds(self, tokens: int) -> float:
+        return self._pace.seconds(tokens, self._limits.batch_tokens)
+
+    def _busy_until(self, now: float) -> float:
+        """Return when the engine is expected to have computed what it holds."""
+        until = now
+        for index, one in enumerate(self._running.values()):
+            began = self._began(one) if index == 0 else until
+            until = max(now, began + self._seconds(one.tokens))
+        return until
+
+    def _began(self, first: _Running) -> float:
+        """Return when the engine began the oldest batch that it holds: it computes one after the other."""
+        return max(first.dispatched, self._last_finished)
+
+    def _leave(self, entries: Sequence[Entry]) -> None:
         """Forget a request that ended: answered, failed, cancelled or expired, wherever its jobs are."""
         at_engine = []
         for entry in entries:
-            if self._waiting.pop(entry.job.id, None) is not None:
-                self._count(-entry.tokens)
+            if self._waiting.remove(entry):
+                self._on_queue(-entry.tokens)
             elif not entry.outcome.done() or entry.outcome.cancelled():
                 at_engine.append(entry.job.id)
             entry.outcome.cancel()
         if at_engine:
             self._engine.cancel(at_engine)
 
-    def _count(self, tokens: int) -> None:
-        self._waiting_tokens += tokens
-        self._on_queue(tokens)
-
     def _pump(self) -> None:
         """Hand over batches while the engine takes them."""
         while self._waiting and len(self._running) < self._limits.in_flight:
-            if self._running and self._wait_for_company():
+            if self._running and self._too_early():
                 return
             batch = self._next_batch()
             if batch:
-                task = asyncio.create_task(self._compute(batch))
-                self._running.add(task)
-                task.add_done_callback(self._finished)
+                self._dispatch(batch)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+    def _dispatch(self, batch: Sequence[Entry]) -> None:
+        now = time.monotonic()
+        for entry in batch:
+            entry.dispatched = now
+        task = asyncio.create_task(self._compute(batch))
+        self._running[task] = _Running(batch_tokens(batch), now)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[bool]) -> None:
+        now = time.monotonic()
+        finished = self._running.pop(task)
+        if not task.cancelled() and task.result():
+            self._pace.record(finished.tokens, now - self._began(finished))
+        self._last_finished = now
         self._pump()
 
-    def _wait_for_company(self) -> bool:
-        """Whether a batch that is not full should wait: the engine is busy, so waiting costs nothing yet."""
-        oldest = next(iter(self._waiting.values()))
-        left = oldest.enqueued + self._limits.wait_s - time.monotonic()
-        if self._waiting_tokens >= self._limits.batch_tokens or left <= 0:
+    def _too_early(self) -> bool:
+        """Whether the next batch should stay open: the engine is busy, so waiting for company costs nothing yet."""
+        now = time.monotonic()
+        left = self._busy_until(now) - self._limits.ahead_s - now
+        if left <= 0:
             return False
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(left, self._waited_enough)
+            self._timer = asyncio.get_running_loop().call_later(left, self._soon_free)
         return True
 
-    def _waited_enough(self) -> None:
+    def _soon_free(self) -> None:
         self._timer = None
         self._pump()
 
-    def _next_batch(self) -> list[_Entry]:
-        """Take the oldest job and those of its kind that fit beside it."""
+    def _next_batch(self) -> list[Entry]:
+        self._drop_what_ended()
+        batch = self._waiting.batch(self._limits.batch_tokens)
+        for entry in batch:
+            self._take(entry)
+        return batch
+
+    def _drop_what_ended(self) -> None:
+        """Take out what nobody waits for: expired entries, and those whose request ended and has not left yet."""
         now = time.monotonic()
-        batch: list[_Entry] = []
-        tokens = 0
-        for entry in list(self._waiting.values()):
-            if entry.outcome.done():  # its request ended, and has not come round to leaving yet
+        for entry in list(self._waiting):
+            if entry.outcome.done():
                 self._take(entry)
             elif entry.job.deadline <= now:
                 self._take(entry)
                 entry.outcome.set_exception(DeadlineExceededError("the deadline passed in the queue"))
-            elif not batch or (
-                type(entry.job) is type(batch[0].job) and tokens + entry.tokens <= self._limits.batch_tokens
-            ):
-                self._take(entry)
-                entry.dispatched = now
-                batch.append(entry)
-                tokens += entry.tokens
-            if tokens >= self._limits.batch_tokens:
-                break
-        return batch
 
-    def _take(self, entry: _Entry) -> None:
-        del self._waiting[entry.job.id]
-        self._count(-entry.tokens)
+    def _take(self, entry: Entry) -> None:
+        self._waiting.remove(entry)
+        self._on_queue(-entry.tokens)
 
-    async def _compute(self, batch: Sequence[_Entry]) -> None:
-        """Run one batch and give each job its outcome; no error leaves this task, or its requests would hang."""
+    async def _compute(self, batch: Sequence[Entry]) -> bool:
+        """Run one batch and give each job its outcome; return whether all of it was computed.
+
+        No error leaves this task, or its requests would hang.
+        """
         jobs = [entry.job for entry in batch]
         try:
             if isinstance(jobs[0], ScoreJob):
@@ -218,6 +265,7 @@ class Batcher:
         for entry, outcome in zip(batch, outcomes, strict=True):
             if not entry.outcome.done():
                 entry.outcome.set_result(outcome)
+        return not any(isinstance(outcome, EngineError) for outcome in outcomes)
 
 
 def _chunks(prompts: Sequence[Segment], max_tokens: int) -> Iterator[tuple[Segment, ...]]:

@@ -86,7 +86,7 @@ def open_handle(
     limits = BatchLimits(
         queue_tokens=settings.queue_tokens,
         batch_tokens=settings.batch_tokens,
-        wait_s=settings.batch_wait_ms / 1000,
+        ahead_s=settings.batch_ahead_ms / 1000,
         in_flight=settings.batches_in_flight,
     )
     metrics.serving(bundle.id, bundle.manifest.backbone.merged_id)

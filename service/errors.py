@@ -15,7 +15,7 @@ from service.engines.protocol import EngineError, EngineUnavailableError, JobDro
 from service.metrics import Metrics
 
 MAX_MESSAGE = 300
-RETRY_SOON_S = 1  # a full queue empties batch by batch; another server may take what this one leaves
+RETRY_SOON_S = 1  # another server may take at once what this one leaves
 RETRY_LATER_S = 5  # an engine that loads or restarts
 
 
@@ -129,7 +129,8 @@ def install_error_handlers(app: FastAPI, metrics: Metrics, log: structlog.stdlib
 def _refusal(error: Exception) -> tuple[int, str, str, str, int | None]:
     """Return status, code, reason for the metric, message and Retry-After of what is no fault of the request."""
     if isinstance(error, QueueFullError):
-        return 429, "queue_full", "queue_full", "too much work is waiting; retry later or with less", RETRY_SOON_S
+        message = "too much work is waiting; retry later, with less, or with a longer deadline"
+        return 429, "queue_full", "queue_full", message, error.retry_after_s
     if isinstance(error, (DeadlineExceededError, JobDroppedError)):
         message = "the deadline passed before the score was there; allow more time or send fewer items"
         return 504, "deadline_exceeded", "deadline", message, None

@@ -5,10 +5,9 @@ Shapes: K candidates of a group, N titles, D = d_L.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from models.assembly import AssembledUser, Assembler, ScoringGroup
 from models.features import Floats, ItemFeatures, UserFeatures
@@ -17,11 +16,6 @@ from service.batcher import Waited
 from service.current import BundleHandle
 from service.questions import PromptItem, Question, Resolved, query, resolve
 from service.schemas import OnUnknown
-
-# Below this many titles, assembling takes less than a switch to a thread and back may.
-SMALL_ASSEMBLY = 32
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -107,9 +101,7 @@ async def _distil_unknown(
     if not titles:
         return list(resolved)
     with timings.leg("assemble"):
-        prompts = await _off_the_loop_if_large(
-            len(titles), lambda: [template.distil(handle.assembler.title(title)) for title in titles]
-        )
+        prompts = await asyncio.to_thread(lambda: [template.distil(handle.assembler.title(title)) for title in titles])
     vectors_ND, waited = await handle.batcher.distil(prompts, deadline)
     timings.add(waited)
     semantic = dict(zip(titles, vectors_ND, strict=True))
@@ -133,9 +125,9 @@ async def _distil_unknown(
 async def _assemble(
     resolved: Sequence[Resolved], users: Mapping[str, UserFeatures], assembler: Assembler
 ) -> list[_Prompt]:
-    titles = sum(len(one.window) + len(one.candidates) for one in resolved)
-    return await _off_the_loop_if_large(
-        titles, lambda: [_assemble_one(one, users.get(one.question.user_id), assembler) for one in resolved]
+    """Tokenize and assemble in a thread: the event loop answers others meanwhile."""
+    return await asyncio.to_thread(
+        lambda: [_assemble_one(one, users.get(one.question.user_id), assembler) for one in resolved]
     )
 
 
@@ -201,7 +193,3 @@ def _scored(item: PromptItem, resolved: Resolved, raw: float, calibrated: float,
         title_ignored=item.title_ignored,
         title_tokens_cut=title_cut,
     )
-
-
-async def _off_the_loop_if_large(titles: int, work: Callable[[], T]) -> T:
-    return work() if titles <= SMALL_ASSEMBLY else await asyncio.to_thread(work)

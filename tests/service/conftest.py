@@ -45,7 +45,7 @@ def collaborators(bundle: Bundle, engine: Engine, **settings: object) -> Collabo
     metrics = Metrics()
     tables = bundle.tables()
     limits = BatchLimits(
-        chosen.queue_tokens, chosen.batch_tokens, chosen.batch_wait_ms / 1000, chosen.batches_in_flight
+        chosen.queue_tokens, chosen.batch_tokens, chosen.batch_ahead_ms / 1000, chosen.batches_in_flight
     )
     handle = BundleHandle(
         bundle_id=bundle.id,

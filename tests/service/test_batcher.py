@@ -16,7 +16,7 @@ from tests.service.echo import EchoEngine, echo_scores
 
 pytestmark = pytest.mark.anyio
 
-LIMITS = BatchLimits(queue_tokens=1000, batch_tokens=100, wait_s=0.0, in_flight=1)
+LIMITS = BatchLimits(queue_tokens=1000, batch_tokens=100, ahead_s=0.0, in_flight=1)
 
 
 def group(candidates: int = 1, *, trunk: int = 10, own: int = 5, seed: int = 0) -> ScoringGroup:
@@ -40,6 +40,9 @@ class Queue:
     def __init__(self, engine: EchoEngine, limits: BatchLimits = LIMITS) -> None:
         self.gauge = 0
         self.batcher = Batcher(engine, limits, on_queue=self._count)
+
+    def measured(self, seconds_a_token: float) -> None:
+        self.batcher._pace.record(100, 100 * seconds_a_token)
 
     def _count(self, tokens: int) -> None:
         self.gauge += tokens
@@ -69,7 +72,7 @@ async def test_a_long_group_is_cut_to_batches_and_put_together_again(echo: EchoE
 def test_every_request_gets_its_own_scores_whatever_its_neighbours(shapes: list[list[int]]) -> None:
     async def run() -> None:
         engine = EchoEngine()
-        queue = Queue(engine, BatchLimits(queue_tokens=10**6, batch_tokens=100, wait_s=0.001, in_flight=2))
+        queue = Queue(engine, BatchLimits(queue_tokens=10**6, batch_tokens=100, ahead_s=0.001, in_flight=2))
         requests = [[group(size, seed=31 * i + j) for j, size in enumerate(sizes)] for i, sizes in enumerate(shapes)]
         answers = await asyncio.gather(*(queue.score(*groups) for groups in requests))
         for groups, (scores, _) in zip(requests, answers, strict=True):
@@ -149,35 +152,108 @@ async def test_an_expired_request_never_reaches_the_engine(echo: EchoEngine) -> 
 
 
 async def test_an_idle_engine_is_never_waited_for(echo: EchoEngine) -> None:
-    queue = Queue(echo, BatchLimits(1000, 100, wait_s=30.0, in_flight=2))
+    queue = Queue(echo, BatchLimits(1000, 100, ahead_s=0.0, in_flight=2))
+    queue.measured(seconds_a_token=10.0)
     _, waited = await queue.score(group())
     assert waited.queue_s < 1
 
 
-async def test_a_small_batch_waits_for_company_only_while_the_engine_is_busy(echo: EchoEngine) -> None:
+async def test_a_batch_stays_open_until_the_engine_is_soon_free(echo: EchoEngine) -> None:
     echo.gate.clear()
-    queue = Queue(echo, BatchLimits(1000, 100, wait_s=0.05, in_flight=2))
-    requests = [queue.score(group())]
-    await turns()
-    requests.append(queue.score(group()))
-    await turns()
-    requests.append(queue.score(group()))
+    queue = Queue(echo, BatchLimits(1000, 100, ahead_s=0.01, in_flight=2))
+    queue.measured(seconds_a_token=0.004)  # the first batch is thought to take 60 ms
+    requests = [queue.score(group(seed=seed)) for seed in range(3)]
     await turns()
     assert [len(batch) for batch in echo.batches] == [1]
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.2)
     assert [len(batch) for batch in echo.batches] == [1, 2]
     echo.gate.set()
     await asyncio.gather(*requests)
 
 
-async def test_a_full_batch_does_not_wait(echo: EchoEngine) -> None:
+async def test_a_batch_that_ends_early_lets_the_next_one_go(echo: EchoEngine) -> None:
     echo.gate.clear()
-    queue = Queue(echo, BatchLimits(1000, 100, wait_s=30.0, in_flight=2))
-    requests = [queue.score(group()), queue.score(group(18))]
+    queue = Queue(echo, BatchLimits(1000, 100, ahead_s=0.0, in_flight=2))
+    queue.measured(seconds_a_token=0.1)
+    requests = [queue.score(group(seed=seed)) for seed in range(3)]
     await turns()
-    assert len(echo.batches) == 2
+    echo.gate.set()
+    async with asyncio.timeout(1):
+        await asyncio.gather(*requests)
+
+
+async def test_a_request_that_would_be_late_is_refused_at_once(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    queue.measured(seconds_a_token=0.1)  # a group of 15 tokens takes 1.5 s
+    admitted = [queue.score(group(seed=seed)) for seed in range(3)]
+    await turns()
+    with pytest.raises(QueueFullError, match="late") as refusal:
+        await queue.score(group(), deadline=later(4.0))
+    assert refusal.value.retry_after_s == 3  # 6 s of work, 80 % of 4 s left
+    admitted.append(queue.score(group(), deadline=later(10.0)))
+    await turns()
+    echo.gate.set()
+    await asyncio.gather(*admitted)
+    assert queue.gauge == 0
+
+
+async def test_nothing_is_admitted_that_makes_an_admitted_request_late(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    queue.measured(seconds_a_token=0.1)
+    first = queue.score(group())
+    await turns()
+    long = queue.score(group(18), deadline=later(16.0))  # 1.5 s of the first, 10 s of its own
+    await turns()
+    with pytest.raises(QueueFullError):
+        await queue.score(group(seed=2))  # shorter, so it would go first
+    echo.gate.set()
+    await asyncio.gather(first, long)
+
+
+async def test_the_shortest_request_goes_first(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    queue.measured(seconds_a_token=1e-3)
+    requests = [queue.score(group())]
+    await turns()
+    requests += [queue.score(group(size, seed=size)) for size in (40, 17, 18)]
+    await turns()
     echo.gate.set()
     await asyncio.gather(*requests)
+    sizes = [sum(len(job.group.pack.branches) for job in batch if isinstance(job, ScoreJob)) for batch in echo.batches]
+    assert sizes == [1, 17, 18, 18, 18, 4]
+
+
+async def test_a_long_request_is_not_overtaken_forever(echo: EchoEngine) -> None:
+    queue = Queue(echo)
+    queue.measured(seconds_a_token=1e-5)
+    echo.gate.clear()
+    running = queue.score(group(18))
+    await turns()
+    long = queue.score(group(60))
+    await asyncio.sleep(0.05)  # far longer than it may be overtaken
+    short = [queue.score(group(18, seed=seed)) for seed in range(3)]
+    await turns()
+    echo.gate.set()
+    await asyncio.gather(running, long, *short)
+    orders = [job.id for batch in echo.batches for job in batch]
+    assert orders == sorted(orders)
+
+
+async def test_requests_of_one_user_share_a_batch_and_its_trunk(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    requests = [queue.score(group(seed=9))]
+    await turns()
+    mine, other = group(4, trunk=60, seed=1), group(4, trunk=60, seed=2)
+    requests += [queue.score(one) for one in (mine, other, mine)]
+    await turns()
+    echo.gate.set()
+    await asyncio.gather(*requests)
+    users = [[float(job.group.user_1C[0, 0]) for job in batch if isinstance(job, ScoreJob)] for batch in echo.batches]
+    assert users[1:] == [[float(mine.user_1C[0, 0])] * 2, [float(other.user_1C[0, 0])]]
 
 
 async def test_one_failed_job_spares_its_batch_neighbours(echo: EchoEngine) -> None:
