@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.assembly import history_window
+from models.assembly import Assembler, history_window
 from models.features import ItemFeatures, Tables
 from models.loading import Bundle
 from models.scorer import score
@@ -211,12 +212,16 @@ async def test_skipped_items_are_reported_and_leave_the_others_alone(
     assert answer["results"][1]["raw_score"] == pytest.approx(reference.raw("u2", "i1", ["i3"]), abs=1e-5)
 
 
-async def test_a_large_request_is_assembled_off_the_loop_and_scores_the_same(
+async def test_prompts_are_assembled_off_the_event_loop(
     scorer: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = await rank(scorer, user_id="u0", candidates=[f"i{i}" for i in range(10)])
-    monkeypatch.setattr("service.scoring.SMALL_ASSEMBLY", 0)
-    large = await rank(scorer, user_id="u0", candidates=[f"i{i}" for i in range(10)])
-    assert [(one["item_id"], one["raw_score"]) for one in small["results"]] == [
-        (one["item_id"], one["raw_score"]) for one in large["results"]
-    ]
+    loop_thread, threads = threading.get_ident(), []
+    user = Assembler.user
+
+    def noted(self: Assembler, *args: object) -> object:
+        threads.append(threading.get_ident())
+        return user(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Assembler, "user", noted)
+    await rank(scorer, user_id="u0", candidates=["i1"])
+    assert threads and loop_thread not in threads
