@@ -3,7 +3,7 @@
 Evaluation, batch scoring and the service all come through here, cold users and items included.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,29 +12,11 @@ from numpy.typing import NDArray
 
 from models.cold import UserPrior
 from models.features import ItemFeatures, UserFeatures
-from models.packs import Branch, Pack, split_pack
-from models.template import PromptKind, Segment, Template, Title, window_start
+from models.packs import Branch, Pack, ScoringGroup
+from models.segments import Segment
+from models.template import PromptKind, Template, Title, window_start
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoringGroup:
-    """One user's prompt trunk, the candidates behind it, and the vectors of its slots: a plain message.
-
-    Shapes: K candidates, C = d_C, D = d_L.
-    """
-
-    pack: Pack
-    user_1C: Floats
-    item_KC: Floats
-    semantic_KD: Floats
-
-    def parts(self, max_tokens: int) -> Iterator["ScoringGroup"]:
-        """Yield the group cut into parts of at most `max_tokens`, candidates in order, each with the whole trunk."""
-        for pack, where in split_pack(self.pack, max_tokens):
-            rows = slice(where.start, where.stop)
-            yield ScoringGroup(pack, self.user_1C, self.item_KC[rows], self.semantic_KD[rows])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -29,6 +28,7 @@ class Backbone:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         # transformers' and peft's decorators hide their own signatures, so the model is typed as what it is here.
         self.model: Any = model
+        self._has_lora = False
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
         self.answers: AnswerTokens = self.encoder.answers()
@@ -36,7 +36,7 @@ class Backbone:
     @property
     def causal_lm(self) -> Any:
         """The Hugging Face model, LoRA layers in place if attached."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return self.model.get_base_model() if self._has_lora else self.model
 
     @property
     def d_model(self) -> int:
@@ -99,12 +99,15 @@ class Backbone:
 
     def attach_lora(self, rank: int, alpha: int, dropout: float) -> None:
         """Attach LoRA to every linear layer of the blocks; the base stays frozen (Table 1, stage 1)."""
-        if isinstance(self.model, PeftModel):
+        from peft import LoraConfig, get_peft_model  # here, so that scoring alone does not need it
+
+        if self._has_lora:
             raise BackboneError("LoRA is already attached")
         config = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         self.model = get_peft_model(self.model, config)
+        self._has_lora = True
         # PEFT keeps the layers' names as a set, whose order changes from process to process; files must not.
         self.model.peft_config["default"].target_modules = sorted(cast(set[str], config.target_modules))
 
@@ -118,8 +121,11 @@ class Backbone:
         Raises:
             BackboneError: the adapter does not fit this model.
         """
+        from peft import PeftModel
+
         try:
             self.model = PeftModel.from_pretrained(self.causal_lm, str(adapter))
+            self._has_lora = True
         except (RuntimeError, ValueError, OSError) as error:
             raise BackboneError(f"{adapter}: the adapter does not fit the backbone: {error}") from error
 
@@ -129,8 +135,9 @@ class Backbone:
         Merged in bf16 the weights differ from those merged in fp32 and cast; merging once, here, keeps the weights
         that distil, train stage 3, evaluate and serve the same.
         """
-        if isinstance(self.model, PeftModel):
+        if self._has_lora:
             self.model = self.model.float().merge_and_unload()
+            self._has_lora = False
         self.model = self.model.to(dtype)
         self.freeze()
 

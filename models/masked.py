@@ -15,7 +15,7 @@ from torch import Tensor
 from models.backbone import Backbone
 from models.packs import Pack
 from models.projection import Projections
-from models.template import SlotKind
+from models.segments import SlotKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from models.attention import NAME, OwnTokens, PackedLayout, TrunkSpan
 from models.backbone import Backbone, BackboneError
 from models.last_layer import LastLayer
-from models.template import Segment, SlotKind
+from models.segments import Segment, SlotKind
 
 Floats = NDArray[np.float32]
 

@@ -4,12 +4,19 @@ A trunk holds what several prompts share: the instruction and the history. Each 
 trunk tokens and to itself, and its positions go on from `attach`, so every branch sees exactly the prompt it would
 see alone. A branch may attach anywhere: prompts whose history only grows at its end share one trunk too. Exact for
 causal attention, which `models.probe` checks on every backbone that is loaded.
+
+Shapes: K candidates, C = d_C, D = d_L.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from models.template import Segment
+import numpy as np
+from numpy.typing import NDArray
+
+from models.segments import Segment
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +57,19 @@ def split_pack(pack: Pack, max_tokens: int) -> Iterator[tuple[Pack, range]]:
             start, tokens = index, len(pack.trunk)
         tokens += len(branch.segment)
     yield Pack(pack.trunk, pack.branches[start:]), range(start, len(pack.branches))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringGroup:
+    """One user's prompt trunk, the candidates behind it, and the vectors of its slots: a plain message."""
+
+    pack: Pack
+    user_1C: Floats
+    item_KC: Floats
+    semantic_KD: Floats
+
+    def parts(self, max_tokens: int) -> Iterator["ScoringGroup"]:
+        """Yield the group cut into parts of at most `max_tokens`, candidates in order, each with the whole trunk."""
+        for pack, where in split_pack(self.pack, max_tokens):
+            rows = slice(where.start, where.stop)
+            yield ScoringGroup(pack, self.user_1C, self.item_KC[rows], self.semantic_KD[rows])

@@ -17,7 +17,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from models.template import Segment
+from models.segments import Segment
 
 CHUNK_TOKENS = 16  # a grown history computes at most so many tokens again
 
@@ -97,6 +97,12 @@ class PrefixCache:
             while self._bytes > self._budget:
                 _, dropped = self._chunks.popitem(last=False)
                 self._bytes -= dropped.nbytes
+
+    def clear(self) -> None:
+        """Drop every chunk."""
+        with self._lock:
+            self._chunks.clear()
+            self._bytes = 0
 
     def _touch(self, names: Sequence[bytes]) -> None:
         """Make these the most recent, a beginning more so than what follows it, which is of no use without it."""

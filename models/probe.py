@@ -11,7 +11,7 @@ from models.backbone import Backbone, BackboneError
 from models.masked import lay_out, masked_logits
 from models.packed import PackedModel, Part, Row
 from models.packs import Branch, Pack
-from models.template import Segment
+from models.segments import Segment
 
 # Longer than any prompt the template makes by default, so that a sliding window shorter than a prompt shows.
 TRUNK_TOKENS = 96

@@ -45,6 +45,11 @@ class ProjectedRows:
             # Read under the lock: another thread may give a place away.
             return self._table_MD[[self._rows[name] for name in names]]
 
+    def clear(self) -> None:
+        """Drop every row."""
+        with self._lock:
+            self._rows.clear()
+
     def _place(self, name: bytes) -> int:
         """Give a vector the next free place, or the place of the one unused for longest."""
         full = len(self._rows) == self._shape[0]

@@ -7,7 +7,7 @@ import torch
 
 from models.backbone import Backbone
 from models.projection import Projections
-from models.template import Segment, SlotKind
+from models.segments import Segment, SlotKind
 
 
 @torch.no_grad()

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.assembly import ScoringGroup
 from models.backbone import Backbone
 from models.packed import PackedModel, Part, Row, computed_of
+from models.packs import ScoringGroup
 from models.prefix_cache import CacheCounts, PrefixCache, chunk_names
 from models.projected import ProjectedRows
 from models.projection import Projections
-from models.template import Segment, SlotKind
+from models.segments import Segment, SlotKind
 
 Floats = NDArray[np.float32]
 
@@ -83,6 +83,12 @@ class ScoringModel:
     def distil(self, prompts: Sequence[Segment], max_tokens: int = 4096) -> Floats:
         """Return the semantic vector of each prompt of Fig. 3, `(N, D)` fp32."""
         return self._packed.distil(prompts, max_tokens)
+
+    def forget(self) -> None:
+        """Forget what is kept of prompts and vectors: what follows is then equal to the bit, whatever came before."""
+        self._cache.clear()
+        self._collab.clear()
+        self._warm.clear()
 
     def _forward(self, trunks: Sequence["_Trunk"]) -> None:
         """Compute one forward and write every group's scores."""

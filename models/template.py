@@ -16,15 +16,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.segments import Segment, SlotKind
 from models.tokens import TextEncoder
-
-
-class SlotKind(StrEnum):
-    """A prompt position that takes a projected vector in place of a token's embedding."""
-
-    USER = "<User_ID>"
-    ITEM = "<Item_ID>"
-    WARM = "<Warm_ID>"
 
 
 class PromptKind(StrEnum):
@@ -53,22 +46,6 @@ class TemplateConfig(BaseModel):
     )
     title_tokens: int = Field(48, ge=1, description="cap of one title; ML-1M's longest is 30 in Qwen2's vocabulary")
     history_tokens: int = Field(512, ge=0, description="budget of the history; the oldest titles give way")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Token ids and the slots among them, as (kind, index into token_ids)."""
-
-    token_ids: tuple[int, ...]
-    slots: tuple[tuple[SlotKind, int], ...] = ()
-
-    def __add__(self, other: "Segment") -> "Segment":
-        shift = len(self.token_ids)
-        moved = tuple((kind, index + shift) for kind, index in other.slots)
-        return Segment(self.token_ids + other.token_ids, self.slots + moved)
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

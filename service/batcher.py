@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.assembly import ScoringGroup
 from models.features import Floats
-from models.template import Segment
+from models.packs import ScoringGroup
+from models.segments import Segment
 from service.engines.protocol import DistilJob, Engine, EngineError, JobFailedError, ScoreJob
 from service.pace import Pace
 from service.waiting import Entry, Waiting, batch_tokens, distil_entry, score_entry

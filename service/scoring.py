@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from models.assembly import AssembledUser, Assembler, ScoringGroup
+from models.assembly import AssembledUser, Assembler
 from models.features import Floats, ItemFeatures, UserFeatures
+from models.packs import ScoringGroup
 from service.answers import HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
 from service.current import BundleHandle

@@ -114,6 +114,8 @@ def score_pairs(
         path = folder / f"{index:08d}.parquet"
         if not path.exists():
             scratch = path.with_suffix(".scratch")
+            # A part's bytes must not depend on the parts before it, which a resumed run does not compute.
+            scorer.model.forget()
             _score_part(bundle, scorer, part, first, pairs.name, skip_unknown).write_parquet(scratch)
             scratch.rename(path)
         progress(first + part.height, total)

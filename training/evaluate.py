@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.assembly import AssembledUser, Assembler, ScoringGroup, history_window
+from models.assembly import AssembledUser, Assembler, history_window
 from models.features import Floats, ItemFeatures, Tables, UserFeatures
 from models.ids import IdError
 from models.loading import Calibration
+from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
 from models.template import window_start
 from training.data.dataset import Dataset

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.packs import Branch, Pack
-from models.template import PromptKind, Segment, Template, Title, window_start
+from models.segments import Segment
+from models.template import PromptKind, Template, Title, window_start
 from training.data.dataset import Dataset
 from training.data.history import Histories
 

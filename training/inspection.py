@@ -9,7 +9,7 @@ from models.bundle import Manifest
 from models.features import ItemFeatures
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
-from models.template import SlotKind
+from models.segments import SlotKind
 from training.evaluate import Scorer
 
 

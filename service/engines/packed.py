@@ -14,14 +14,16 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from models.assembly import Assembler, ScoringGroup
+from models.assembly import Assembler
 from models.bundle import BundleError
 from models.cold import UserPrior
 from models.features import Floats, ItemFeatures
 from models.loading import Bundle
 from models.memory import keep_freed_memory
+from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
-from models.template import Segment, Template
+from models.segments import Segment
+from models.template import Template
 from service.engines.protocol import JobFailedError
 
 WARM_UP_CANDIDATES = 16

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from models.assembly import ScoringGroup
 from models.features import Floats
-from models.template import Segment
+from models.packs import ScoringGroup
+from models.segments import Segment
 
 
 class EngineError(Exception):

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from models.assembly import ScoringGroup
 from models.features import Floats
-from models.template import Segment
+from models.packs import ScoringGroup
+from models.segments import Segment
 from service.engines.protocol import DistilJob, Job, JobDroppedError, JobFailedError, Outcome, ScoreJob
 
 

@@ -6,7 +6,7 @@ from models.masked import SlotVectors, lay_out, masked_logits
 from models.packs import Branch, Pack, split_pack
 from models.projection import Projections
 from models.scorer import score
-from models.template import Segment, SlotKind
+from models.segments import Segment, SlotKind
 from tests.tiny import D_COLLAB, D_HIDDEN, D_MODEL, tiny_backbone
 
 BACKBONE = tiny_backbone()

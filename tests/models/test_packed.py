@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.assembly import ScoringGroup
 from models.packed import PackedModel, Part, Row
-from models.packs import Branch, Pack
+from models.packs import Branch, Pack, ScoringGroup
 from models.projection import Projections
 from models.scorer import score
 from models.scoring_model import ScoringModel
-from models.template import Segment, SlotKind
+from models.segments import Segment, SlotKind
 from tests.tiny import D_COLLAB, D_HIDDEN, D_MODEL, tiny_backbone
 
 BACKBONE = tiny_backbone()

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.prefix_cache import CHUNK_TOKENS, PrefixCache, chunk_names
-from models.template import Segment, SlotKind
+from models.segments import Segment, SlotKind
 
 USER = b"a vector"
 

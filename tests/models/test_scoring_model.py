@@ -4,12 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.assembly import Assembler, ScoringGroup, history_window
+from models.assembly import Assembler, history_window
 from models.features import Tables
 from models.loading import Bundle
+from models.packs import ScoringGroup
 from models.scorer import score
 from models.scoring_model import NotFiniteError, ScoringModel
-from models.template import SlotKind
+from models.segments import SlotKind
 from tests.tiny import tiny_bundle
 
 

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.template import PromptKind, SlotKind, Template, TemplateConfig, window_start
+from models.segments import SlotKind
+from models.template import PromptKind, Template, TemplateConfig, window_start
 from models.tokens import TextEncoder
 from tests.tiny import tiny_titles, tiny_tokenizer
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.assembly import ScoringGroup
 from models.features import Floats
+from models.packs import ScoringGroup
 from service.engines.protocol import (
     DistilJob,
     EngineError,

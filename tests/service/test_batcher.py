@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.assembly import ScoringGroup
-from models.packs import Branch, Pack
-from models.template import Segment
+from models.packs import Branch, Pack, ScoringGroup
+from models.segments import Segment
 from service.batcher import Batcher, BatchLimits, DeadlineExceededError, QueueFullError
 from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, ScoreJob
 from tests.service.echo import EchoEngine, echo_scores

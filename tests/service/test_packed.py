@@ -4,11 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from models.assembly import ScoringGroup
 from models.bundle import BundleError
 from models.loading import Bundle
+from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
-from models.template import Segment
+from models.segments import Segment
 from service.engines.packed import PackedModel, PackedSource
 from service.engines.protocol import JobFailedError
 

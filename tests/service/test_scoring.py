@@ -16,7 +16,8 @@ from models.features import ItemFeatures, Tables
 from models.loading import Bundle
 from models.scorer import score
 from models.scoring_model import ScoringModel
-from models.template import PromptKind, SlotKind
+from models.segments import SlotKind
+from models.template import PromptKind
 from service.engines.packed import PackedModel
 from tests.service.conftest import client_of, collaborators
 from tests.service.direct import DirectEngine

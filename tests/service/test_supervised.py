@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from models.template import Segment
+from models.segments import Segment
 from service.engines.protocol import (
     DistilJob,
     EngineBrokenError,

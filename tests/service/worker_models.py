@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.assembly import ScoringGroup
 from models.features import Floats
-from models.template import Segment
+from models.packs import ScoringGroup
+from models.segments import Segment
 from service.engines.protocol import JobFailedError
 
 ANSWER, SLEEP, DIE, HANG, FAIL = range(5)

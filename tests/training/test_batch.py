@@ -7,9 +7,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from models.assembly import ScoringGroup
 from models.features import Floats
 from models.loading import Bundle
+from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
 from training.batch import score_pairs
 from training.data.errors import DataError

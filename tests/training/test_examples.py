@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.packs import Branch, Pack
-from models.template import PromptKind, Segment, Template, TemplateConfig
+from models.segments import Segment
+from models.template import PromptKind, Template, TemplateConfig
 from models.tokens import TextEncoder
 from tests.tiny import tiny_titles, tiny_tokenizer
 from training.data.dataset import Dataset

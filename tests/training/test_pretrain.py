@@ -12,7 +12,8 @@ from models.backbone import Backbone, load_backbone
 from models.masked import SlotVectors, lay_out, masked_logits
 from models.packs import Branch, Pack
 from models.projection import Verbatim
-from models.template import PromptKind, Segment, Template
+from models.segments import Segment
+from models.template import PromptKind, Template
 from tests.training.micro import MICRO
 from training.config import Config
 from training.data.dataset import Dataset
