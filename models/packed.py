@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.attention import NAME, OwnTokens, PackedLayout, TrunkSpan
 from models.backbone import Backbone, BackboneError
+from models.fp8 import use_fp8
 from models.last_layer import LastLayer
 from models.segments import Segment, SlotKind
 
@@ -90,7 +91,12 @@ class Row:
 class PackedModel:
     """A backbone's language model under packed attention. It shares the backbone's weights and leaves it as it is."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, *, fp8: bool = False, compiled: bool = False) -> None:
+        """`fp8` computes the layers' products in 8-bit floats; `compiled` fuses what lies between them.
+
+        Raises:
+            BackboneError: the architecture does not take attention functions of transformers' interface.
+        """
         causal_lm = backbone.causal_lm
         if not getattr(causal_lm, "_supports_attention_backend", False):
             raise BackboneError(
@@ -101,6 +107,10 @@ class PackedModel:
         twin.set_attn_implementation(NAME)
         self._backbone = backbone
         self._decoder = twin.base_model
+        if fp8:
+            use_fp8(self._decoder)
+        if compiled:
+            _compile_between_products(self._decoder)
         self._answers_only = _trim_last_layer(self._decoder)
 
     @torch.inference_mode()
@@ -130,6 +140,14 @@ class PackedModel:
             out[start:end] = self.hidden(row, embeds_TD).float().cpu().numpy()
             start = end
         return out
+
+
+def _compile_between_products(decoder: Any) -> None:
+    """Compile norms and MLPs, for any number of tokens; attention is a kernel already."""
+    for layer in decoder.layers:
+        for name, module in layer.named_children():
+            if "norm" in name or "mlp" in name:
+                module.compile(dynamic=True)
 
 
 def _trim_last_layer(decoder: Any) -> bool:

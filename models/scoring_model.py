@@ -43,13 +43,23 @@ class ScoringModel:
     """Scores groups and distils titles with frozen weights."""
 
     def __init__(
-        self, backbone: Backbone, projections: Projections, *, identity: str = "", cache_bytes: int = CACHE_BYTES
+        self,
+        backbone: Backbone,
+        projections: Projections,
+        *,
+        identity: str = "",
+        cache_bytes: int = CACHE_BYTES,
+        fp8: bool = False,
+        compiled: bool = False,
     ) -> None:
-        """`identity` names the weights and projections; the cache's entries carry it, beside the weights' type."""
+        """`identity` names the weights and projections; the cache's entries carry it, beside the weights' type.
+
+        `fp8` and `compiled` are `PackedModel`'s.
+        """
         self.backbone = backbone
         self.projections = projections.to(backbone.device).eval()
-        self._packed = PackedModel(backbone)
-        self._identity = f"{identity} {backbone.dtype}"
+        self._packed = PackedModel(backbone, fp8=fp8, compiled=compiled)
+        self._identity = f"{identity} {backbone.dtype} {'fp8' if fp8 else ''}"
         self._cache = PrefixCache(cache_bytes)
         like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
         self._collab = ProjectedRows(self.projections.collab, backbone.d_model, like, PROJECTED_BYTES)
