@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import Callable, Coroutine
 from email.message import Message as MimeMessage
@@ -21,7 +22,8 @@ from service.metrics import Metrics
 REQUEST_ID_HEADER = "X-Request-ID"
 UNMATCHED = "unmatched"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_OUTCOMES = {429: "refused", 499: "cancelled", 503: "unavailable", 504: "expired"}
+REFUSED = 429
+_OUTCOMES = {REFUSED: "refused", 499: "cancelled", 503: "unavailable", 504: "expired"}
 
 
 class Intake:
@@ -39,12 +41,15 @@ class Intake:
             return
         request_id = _request_id(Headers(scope=scope))
         scope.setdefault("state", {})["request_id"] = request_id
+        started = time.monotonic()
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status == REFUSED:
+                    self._metrics.refusal_took(time.monotonic() - started)
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 

@@ -8,6 +8,8 @@ LEGS = ("lookup", "assemble", "queue", "forward", "total")
 
 # From a warm GPU's millisecond to the longest deadline that a request may ask for.
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+# A refusal waits for nothing: what takes longer than the first few of these is the event loop's own delay.
+_REFUSAL_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -39,6 +41,12 @@ class Metrics:
         self._queue = Gauge("sella_queue_tokens", "Tokens that wait for the engine.", registry=registry)
         self._refusals = Counter(
             "sella_refusals_total", "Requests refused or given up, by reason.", ["reason"], registry=registry
+        )
+        self._refusal_seconds = Histogram(
+            "sella_refusal_seconds",
+            "From a request's arrival to its 429.",
+            buckets=_REFUSAL_SECONDS,
+            registry=registry,
         )
         self._cold_users = Counter(
             "sella_cold_users_total", "Users scored without training data, once a request.", registry=registry
@@ -84,6 +92,10 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """Count a request refused or given up."""
         self._refusals.labels(reason).inc()
+
+    def refusal_took(self, seconds: float) -> None:
+        """Record how long a request that was turned away at once waited for its answer."""
+        self._refusal_seconds.observe(seconds)
 
     def engine_restarted(self) -> None:
         """Count a worker process lost."""

@@ -81,6 +81,23 @@ async def test_refusals_are_counted_by_reason_and_the_queue_returns_to_zero(bund
     echo.gate.set()
 
 
+async def test_what_a_refusal_took_is_counted_for_429_alone(bundle: Bundle, echo: EchoEngine) -> None:
+    service = collaborators(bundle, echo, queue_tokens=64, batches_in_flight=1)
+    client = client_of(service)
+    body = {"user_id": "u1", "candidates": ["i1"]}
+    echo.gate.clear()
+    admitted = [asyncio.create_task(client.post("/rank", json=body)) for _ in range(2)]  # one runs, one waits
+    while not service.current.handle.batcher.waiting_tokens:
+        await asyncio.sleep(0.01)
+    assert (await client.post("/rank", json=body)).status_code == 429
+    assert (await client.post("/rank", json={})).status_code == 422
+    echo.gate.set()
+    assert {one.status_code for one in await asyncio.gather(*admitted)} == {200}
+    assert value(service.metrics, "sella_refusal_seconds_count") == 1
+    assert value(service.metrics, "sella_refusal_seconds_bucket", le="+Inf") == 1
+    assert 0 < value(service.metrics, "sella_refusal_seconds_sum") < 60
+
+
 async def test_a_score_is_logged_once_without_titles_or_users(client: httpx.AsyncClient) -> None:
     with capture_logs() as logs:
         await drive(client)
