@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 ONCE ?=
 
-.PHONY: demo test test-all lint format clean
+# What a brief run of the load tests measures and where its results go; docs/operations.md has the long ones.
+LOAD_BUNDLE ?= bundles/demo
+LOAD_OUT ?= build/load
+
+.PHONY: demo load test test-all lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -20,6 +24,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Train the tiny bundle on made-up data, serve it, rank once, and go on serving; ONCE=1 stops after the request.
 demo: $(VENV)/.installed
 	@$(BIN)/python deploy/demo.py $(if $(ONCE),--once)
+
+$(VENV)/.load-installed: $(VENV)/.installed
+	@$(PIP) -e '.[load]'
+	@touch $@
+
+bundles/demo/manifest.json: | $(VENV)/.installed
+	@$(BIN)/python deploy/demo.py --once
+
+# Every measurement of the HTTP service, briefly: a rehearsal, whose figures are no results.
+load: $(VENV)/.load-installed | $(LOAD_BUNDLE)/manifest.json
+	$(BIN)/python -m loadtests.capacity --bundle $(LOAD_BUNDLE) --seconds 5 --most-steps 8 --out $(LOAD_OUT)
+	$(BIN)/python -m loadtests.overload --bundle $(LOAD_BUNDLE) --seconds 30 --step-seconds 4 --out $(LOAD_OUT)
+	$(BIN)/python -m loadtests.overhead --bundle $(LOAD_BUNDLE) --requests 50 --seconds 5 --rounds 2 --out $(LOAD_OUT)
+	$(BIN)/python -m loadtests.fairness --bundle $(LOAD_BUNDLE) --seconds 10 --out $(LOAD_OUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
