@@ -10,7 +10,7 @@ ONCE ?=
 LOAD_BUNDLE ?= bundles/demo
 LOAD_OUT ?= build/load
 
-.PHONY: demo load test test-all lint format clean
+.PHONY: demo load bench bench-gpu test test-all lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -38,6 +38,15 @@ load: $(VENV)/.load-installed | $(LOAD_BUNDLE)/manifest.json
 	$(BIN)/python -m loadtests.overload --bundle $(LOAD_BUNDLE) --seconds 30 --step-seconds 4 --out $(LOAD_OUT)
 	$(BIN)/python -m loadtests.overhead --bundle $(LOAD_BUNDLE) --requests 50 --seconds 5 --rounds 2 --out $(LOAD_OUT)
 	$(BIN)/python -m loadtests.fairness --bundle $(LOAD_BUNDLE) --seconds 10 --out $(LOAD_OUT)
+
+# The engines side by side on the same weights and requests. vLLM takes part where `make test-vllm` has installed it.
+bench: $(VENV)/.load-installed
+	$(BIN)/python -m loadtests.bench --out docs/results $(BENCH)
+
+# On a GPU machine: needs torch and transformers alone, in the Python that PYTHON names.
+bench-gpu:
+	$(PYTHON) -m loadtests.bench --device cuda --models qwen2-7b --scorers naive packed packed-compiled packed-fp8 \
+		--out docs/results/gpu $(BENCH)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests

@@ -13,9 +13,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from loadtests.workload import Ask
-from models.assembly import ScoringGroup, history_window
+from models.assembly import history_window
 from models.features import Floats
 from models.loading import Bundle
+from models.packs import ScoringGroup
 
 
 class EngineAlone:

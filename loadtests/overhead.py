@@ -26,8 +26,8 @@ from loadtests.report import one_line_errors, show, write
 from loadtests.sender import Sender
 from loadtests.server import Cores, Server, ServerError, pinned, serve
 from loadtests.workload import Ask, Catalogue, Mix, Workload
-from models.assembly import ScoringGroup
 from models.bundle import read_manifest
+from models.packs import ScoringGroup
 from service.settings import load_settings
 
 CALLERS = 16  # enough that the engine never waits for a request

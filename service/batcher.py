@@ -23,6 +23,8 @@ from service.waiting import Entry, Waiting, batch_tokens, distil_entry, score_en
 PATIENCE = 4.0
 # Of the time until its deadline, what a request must be expected to need at most: a pace is an estimate.
 SAFETY = 0.8
+# Requests over which the mean size of a candidate is taken.
+MEMORY = 50
 
 
 class QueueFullError(Exception):
@@ -80,6 +82,7 @@ class Batcher:
         self._pace = Pace()
         self._running: dict[asyncio.Task[bool], _Running] = {}  # in order of dispatch, which is the engine's order
         self._last_finished = 0.0
+        self._tokens_a_candidate = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -87,8 +90,20 @@ class Batcher:
         """Tokens in the queue, not yet with the engine."""
         return self._waiting.tokens
 
-    async def score(self, groups: Sequence[ScoringGroup], deadline: float) -> tuple[list[Floats], Waited]:
+    def check(self, candidates: int, deadline: float) -> None:
+        """Refuse a request that has no chance, before anything is done for it: by its size, as sizes have been lately.
+
+        Raises:
+            QueueFullError: it would be refused.
+        """
+        self._refuse_if_late(round(candidates * self._tokens_a_candidate), deadline)
+
+    async def score(
+        self, groups: Sequence[ScoringGroup], deadline: float, *, admitted: bool = False
+    ) -> tuple[list[Floats], Waited]:
         """Return each group's raw probabilities, `(K,)`; `deadline` is `time.monotonic()` seconds.
+
+        `admitted` is for a request of which a part was computed already: it is refused no more.
 
         Raises:
             QueueFullError: refused at once.
@@ -97,7 +112,10 @@ class Batcher:
         """
         parts = [list(group.parts(self._limits.batch_tokens)) for group in groups]
         jobs = [ScoreJob(next(self._ids), deadline, part) for group_parts in parts for part in group_parts]
-        values, waited = await self._run([score_entry(job) for job in jobs], deadline)
+        candidates = sum(len(group.pack.branches) for group in groups)
+        tokens = sum(job.group.pack.tokens for job in jobs)
+        self._tokens_a_candidate += (tokens / candidates - self._tokens_a_candidate) / MEMORY
+        values, waited = await self._run([score_entry(job) for job in jobs], deadline, admitted)
         computed = iter(values)
         return [np.concatenate([next(computed) for _ in group_parts]) for group_parts in parts], waited
 
@@ -105,11 +123,14 @@ class Batcher:
         """Return each prompt's semantic vector, `(N, D)`; raises like `score`."""
         chunks = _chunks(prompts, self._limits.batch_tokens)
         jobs = [DistilJob(next(self._ids), deadline, chunk) for chunk in chunks]
-        values, waited = await self._run([distil_entry(job) for job in jobs], deadline)
+        values, waited = await self._run([distil_entry(job) for job in jobs], deadline, admitted=False)
         return np.concatenate(values), waited
 
-    async def _run(self, entries: Sequence[Entry], deadline: float) -> tuple[list[Floats], Waited]:
-        self._admit(entries, deadline)
+    async def _run(self, entries: Sequence[Entry], deadline: float, admitted: bool) -> tuple[list[Floats], Waited]:
+        tokens = sum(entry.tokens for entry in entries)
+        if not admitted:
+            self._refuse_if_late(tokens, deadline)
+        self._enqueue(entries, tokens)
         try:
             outcomes = await asyncio.gather(*(entry.outcome for entry in entries))
         finally:
@@ -122,23 +143,31 @@ class Batcher:
         enqueued = min((entry.enqueued for entry in entries), default=now)
         return [one for one in outcomes if not isinstance(one, EngineError)], Waited(first - enqueued, now - first)
 
-    def _admit(self, entries: Sequence[Entry], deadline: float) -> None:
-        """Take all of a request's jobs or none. An empty queue takes any one request, or the largest never ran."""
+    def _refuse_if_late(self, tokens: int, deadline: float) -> None:
+        """Refuse what would be late or make others late.
+
+        An empty queue takes any one request, or the largest never ran.
+        """
+        if not self._waiting:
+            return
+        over = self._waiting.tokens + tokens - self._limits.queue_tokens
+        if over > 0:
+            raise QueueFullError(f"{over} tokens over {self._limits.queue_tokens}", self._retry_after(over))
         now = time.monotonic()
-        tokens = sum(entry.tokens for entry in entries)
-        due = now + PATIENCE * self._seconds(tokens)
-        if self._waiting:
-            over = self._waiting.tokens + tokens - self._limits.queue_tokens
-            if over > 0:
-                raise QueueFullError(f"{over} tokens over {self._limits.queue_tokens}", self._retry_after(over))
-            late = self._late_by(tokens, due, deadline, now)
-            if late > 0:
-                raise QueueFullError(f"it would be late by {late:.3g} s", max(1, math.ceil(late)))
+        late = self._late_by(tokens, self._due(tokens, now), deadline, now)
+        if late > 0:
+            raise QueueFullError(f"it would be late by {late:.3g} s", max(1, math.ceil(late)))
+
+    def _enqueue(self, entries: Sequence[Entry], tokens: int) -> None:
+        due = self._due(tokens, time.monotonic())
         for entry in entries:
             entry.due = due
             self._waiting.add(entry)
         self._on_queue(tokens)
         self._pump()
+
+    def _due(self, tokens: int, now: float) -> float:
+        return now + PATIENCE * self._seconds(tokens)
 
     def _late_by(self, tokens: int, due: float, deadline: float, now: float) -> float:
         """Return by how much the new request would miss its deadline, or make one that waits miss its own."""

@@ -42,6 +42,11 @@ class Timings:
         self.legs["queue"] += waited.queue_s
         self.legs["forward"] += waited.forward_s
 
+    @property
+    def engine_worked(self) -> bool:
+        """Whether the engine has computed something for this request."""
+        return self.legs["forward"] > 0
+
     def finish(self) -> dict[str, float]:
         """Return every leg and the total."""
         return {**self.legs, "total": time.monotonic() - self.started}
@@ -77,6 +82,7 @@ async def score(
         QueueFullError, DeadlineExceededError, EngineError: no score, and no fault of the request.
     """
     template = handle.assembler.template
+    handle.batcher.check(sum(len(question.candidates) for question in questions), deadline)
     with timings.leg("lookup"):
         found = await handle.store.look_up(handle.bundle_id, query(questions, template))
     resolved, skipped = resolve(questions, found, template, on_unknown)
@@ -153,7 +159,7 @@ async def _compute(
 ) -> list[Floats]:
     if not groups:
         return []
-    raw, waited = await handle.batcher.score(groups, deadline)
+    raw, waited = await handle.batcher.score(groups, deadline, admitted=timings.engine_worked)
     timings.add(waited)
     return raw
 

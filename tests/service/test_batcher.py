@@ -197,6 +197,34 @@ async def test_a_request_that_would_be_late_is_refused_at_once(echo: EchoEngine)
     assert queue.gauge == 0
 
 
+async def test_a_request_without_a_chance_is_refused_before_anything_is_done_for_it(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    queue.measured(seconds_a_token=0.1)
+    queue.batcher.check(1000, later(0.1))  # the queue is empty
+    admitted = [queue.score(group(seed=seed)) for seed in range(3)]
+    await turns()
+    queue.batcher.check(10, later(100.0))
+    with pytest.raises(QueueFullError):
+        queue.batcher.check(10, later(3.0))
+    echo.gate.set()
+    await asyncio.gather(*admitted)
+
+
+async def test_a_request_that_was_partly_computed_is_not_refused(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    queue.measured(seconds_a_token=0.1)
+    admitted = [queue.score(group(seed=seed)) for seed in range(3)]
+    await turns()
+    again = asyncio.create_task(queue.batcher.score([group()], later(4.0), admitted=True))
+    await turns()
+    echo.gate.set()
+    [scores], _ = await again
+    np.testing.assert_array_equal(scores, echo_scores(group()))
+    await asyncio.gather(*admitted)
+
+
 async def test_nothing_is_admitted_that_makes_an_admitted_request_late(echo: EchoEngine) -> None:
     echo.gate.clear()
     queue = Queue(echo)
