@@ -5,7 +5,6 @@ Shapes: K candidates of a group, N prompts, D = d_L.
 
 import asyncio
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,24 +14,10 @@ import numpy as np
 from models.features import Floats
 from models.packs import ScoringGroup
 from models.segments import Segment
+from service.admission import Admission
 from service.engines.protocol import DistilJob, Engine, EngineError, JobFailedError, ScoreJob
 from service.pace import Pace
 from service.waiting import Entry, Waiting, batch_tokens, distil_entry, score_entry
-
-# A request may be overtaken by shorter ones that come within so many times its own work's duration.
-PATIENCE = 4.0
-# Of the time until its deadline, what a request must be expected to need at most: a pace is an estimate.
-SAFETY = 0.8
-# Requests over which the mean size of a candidate is taken.
-MEMORY = 50
-
-
-class QueueFullError(Exception):
-    """Refused at once: what waits already would not leave enough time. `retry_after_s` is a guess at when it would."""
-
-    def __init__(self, message: str, retry_after_s: int) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceededError(Exception):
@@ -80,9 +65,9 @@ class Batcher:
         self._ids = itertools.count()
         self._waiting = Waiting()
         self._pace = Pace()
+        self._admission = Admission(self._waiting, self._pace, limits.queue_tokens, limits.batch_tokens)
         self._running: dict[asyncio.Task[bool], _Running] = {}  # in order of dispatch, which is the engine's order
         self._last_finished = 0.0
-        self._tokens_a_candidate = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -96,7 +81,8 @@ class Batcher:
         Raises:
             QueueFullError: it would be refused.
         """
-        self._refuse_if_late(round(candidates * self._tokens_a_candidate), deadline)
+        tokens = self._admission.likely_tokens(candidates)
+        self._admission.judge(tokens, deadline, self._busy_until(time.monotonic()))
 
     async def score(
         self, groups: Sequence[ScoringGroup], deadline: float, *, admitted: bool = False
@@ -112,9 +98,8 @@ class Batcher:
         """
         parts = [list(group.parts(self._limits.batch_tokens)) for group in groups]
         jobs = [ScoreJob(next(self._ids), deadline, part) for group_parts in parts for part in group_parts]
-        candidates = sum(len(group.pack.branches) for group in groups)
         tokens = sum(job.group.pack.tokens for job in jobs)
-        self._tokens_a_candidate += (tokens / candidates - self._tokens_a_candidate) / MEMORY
+        self._admission.remember(tokens, candidates=sum(len(group.pack.branches) for group in groups))
         values, waited = await self._run([score_entry(job) for job in jobs], deadline, admitted)
         computed = iter(values)
         return [np.concatenate([next(computed) for _ in group_parts]) for group_parts in parts], waited
@@ -129,7 +114,7 @@ class Batcher:
     async def _run(self, entries: Sequence[Entry], deadline: float, admitted: bool) -> tuple[list[Floats], Waited]:
         tokens = sum(entry.tokens for entry in entries)
         if not admitted:
-            self._refuse_if_late(tokens, deadline)
+            self._admission.judge(tokens, deadline, self._busy_until(time.monotonic()))
         self._enqueue(entries, tokens)
         try:
             outcomes = await asyncio.gather(*(entry.outcome for entry in entries))
@@ -143,61 +128,20 @@ class Batcher:
         enqueued = min((entry.enqueued for entry in entries), default=now)
         return [one for one in outcomes if not isinstance(one, EngineError)], Waited(first - enqueued, now - first)
 
-    def _refuse_if_late(self, tokens: int, deadline: float) -> None:
-        """Refuse what would be late or make others late.
-
-        An empty queue takes any one request, or the largest never ran.
-        """
-        if not self._waiting:
-            return
-        over = self._waiting.tokens + tokens - self._limits.queue_tokens
-        if over > 0:
-            raise QueueFullError(f"{over} tokens over {self._limits.queue_tokens}", self._retry_after(over))
-        now = time.monotonic()
-        late = self._late_by(tokens, self._due(tokens, now), deadline, now)
-        if late > 0:
-            raise QueueFullError(f"it would be late by {late:.3g} s", max(1, math.ceil(late)))
-
     def _enqueue(self, entries: Sequence[Entry], tokens: int) -> None:
-        due = self._due(tokens, time.monotonic())
+        due = self._admission.due(tokens, time.monotonic())
         for entry in entries:
             entry.due = due
             self._waiting.add(entry)
         self._on_queue(tokens)
         self._pump()
 
-    def _due(self, tokens: int, now: float) -> float:
-        return now + PATIENCE * self._seconds(tokens)
-
-    def _late_by(self, tokens: int, due: float, deadline: float, now: float) -> float:
-        """Return by how much the new request would miss its deadline, or make one that waits miss its own."""
-        if not self._pace.known:
-            return 0.0
-        busy = self._busy_until(now) - now
-        before = sum(entry.tokens for entry in self._waiting if entry.due <= due)
-        late = busy + self._seconds(before + tokens) - SAFETY * (deadline - now)
-        passed = 0
-        for entry in self._waiting:
-            passed += entry.tokens
-            if entry.due > due:
-                left = SAFETY * (entry.job.deadline - now) - busy
-                if self._seconds(passed) <= left < self._seconds(passed + tokens):
-                    late = max(late, self._seconds(passed + tokens) - left)
-        return late
-
-    def _retry_after(self, tokens: int) -> int:
-        """Return in how many seconds so many tokens will have left the queue, at least one."""
-        return max(1, math.ceil(self._seconds(tokens)))
-
-    def _seconds(self, tokens: int) -> float:
-        return self._pace.seconds(tokens, self._limits.batch_tokens)
-
     def _busy_until(self, now: float) -> float:
         """Return when the engine is expected to have computed what it holds."""
         until = now
         for index, one in enumerate(self._running.values()):
             began = self._began(one) if index == 0 else until
-            until = max(now, began + self._seconds(one.tokens))
+            until = max(now, began + self._admission.seconds(one.tokens))
         return until
 
     def _began(self, first: _Running) -> float:

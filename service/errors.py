@@ -9,8 +9,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from service.admission import QueueFullError
 from service.answers import ErrorResponse, Problem
-from service.batcher import DeadlineExceededError, QueueFullError
+from service.batcher import DeadlineExceededError
 from service.engines.protocol import EngineError, EngineUnavailableError, JobDroppedError
 from service.metrics import Metrics
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from models.packs import Branch, Pack, ScoringGroup
 from models.segments import Segment
-from service.batcher import Batcher, BatchLimits, DeadlineExceededError, QueueFullError
+from service.admission import QueueFullError
+from service.batcher import Batcher, BatchLimits, DeadlineExceededError
 from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, ScoreJob
 from tests.service.echo import EchoEngine, echo_scores
 
