@@ -59,6 +59,9 @@ class Assembler:
         self.prior = prior
         # Catalogue titles recur in every request; each is tokenized once.
         self._title = lru_cache(maxsize=title_cache)(lambda text: template.titles([text])[0])
+        self._candidate = lru_cache(maxsize=title_cache)(
+            lambda text: template.candidate(PromptKind.PROJECT, self.title(text))
+        )
 
     def title(self, text: str) -> Title:
         """Return a title's tokens under the cap."""
@@ -89,9 +92,8 @@ class Assembler:
     def group(self, user: AssembledUser, candidates: Sequence[ItemFeatures]) -> ScoringGroup:
         """Assemble one packed prompt: the user segment, then every candidate behind it."""
         attach = len(user.segment)
-        segments = [self.template.candidate(PromptKind.PROJECT, self.title(item.title)) for item in candidates]
         return ScoringGroup(
-            pack=Pack(user.segment, tuple(Branch(attach, segment) for segment in segments)),
+            pack=Pack(user.segment, tuple(Branch(attach, self._candidate(item.title)) for item in candidates)),
             user_1C=user.vector_C[None],
             item_KC=np.stack([item.collab_C for item in candidates]),
             semantic_KD=np.stack([item.semantic_D for item in candidates]),

@@ -1,6 +1,7 @@
 """The bodies of answers."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -24,32 +25,44 @@ class HistoryReport(Message):
     titles_ignored: int = Field(description="Titles sent that differ from the catalogue's, which stands.")
 
 
-class ScoredItem(Message):
+# Results are plain dataclasses: a request may have a thousand, and what is made here needs no checking.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredItem:
     """One item's score and how it came about."""
 
     item_id: str
-    score: float = Field(description="Calibrated probability of a click.")
-    raw_score: float = Field(description="The language model's own probability of Yes.")
-    cold_item: bool = Field(description="The item has no training data; its vectors come from its text.")
-    unknown_item: bool = Field(description="The item is not in the catalogue; it was scored from its title alone.")
-    in_history: bool = Field(description="The item stands in the history.")
-    title_ignored: bool = Field(description="The title sent differs from the catalogue's, which stands.")
-    title_tokens_cut: int = Field(description="Tokens that the title's cap cut off.")
+    score: Annotated[float, Field(description="Calibrated probability of a click.")]
+    raw_score: Annotated[float, Field(description="The language model's own probability of Yes.")]
+    cold_item: Annotated[bool, Field(description="The item has no training data; its vectors come from its text.")]
+    unknown_item: Annotated[
+        bool, Field(description="The item is not in the catalogue; it was scored from its title alone.")
+    ]
+    in_history: Annotated[bool, Field(description="The item stands in the history.")]
+    title_ignored: Annotated[bool, Field(description="The title sent differs from the catalogue's, which stands.")]
+    title_tokens_cut: Annotated[int, Field(description="Tokens that the title's cap cut off.")]
+
+    def fields(self) -> dict[str, Any]:
+        """Return every field of an item alone."""
+        return {name: getattr(self, name) for name in ScoredItem.__slots__}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPair(ScoredItem):
     """One pair's result."""
 
-    index: int = Field(description="The pair's place in the request.")
+    index: Annotated[int, Field(description="The pair's place in the request.")]
     user_id: str
-    cold_user: bool = Field(description="The user has no training data; their vector is folded in from the history.")
+    cold_user: Annotated[
+        bool, Field(description="The user has no training data; their vector is folded in from the history.")
+    ]
     history: HistoryReport
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankedItem(ScoredItem):
     """One candidate's result."""
 
-    rank: int = Field(description="From 1, by raw score; equal scores keep the request's order.")
+    rank: Annotated[int, Field(description="From 1, by raw score; equal scores keep the request's order.")]
 
 
 class Skipped(Message):

@@ -20,7 +20,7 @@ async def rank_candidates(body: RankRequest, request: Request, timeout_ms: Timeo
     [answer] = scored.answers
     # Python's sort is stable, so ties keep the request's order.
     best_first = sorted((item for item in answer.items if item is not None), key=lambda item: -item.raw_score)
-    results = [RankedItem(**dict(item), rank=rank) for rank, item in enumerate(best_first[: body.top_k], start=1)]
+    results = [RankedItem(**item.fields(), rank=rank) for rank, item in enumerate(best_first[: body.top_k], start=1)]
     response = RankResponse(
         user_id=answer.user_id,
         cold_user=answer.cold_user,

@@ -27,7 +27,7 @@ async def score_pairs(body: ScoreRequest, request: Request, timeout_ms: TimeoutH
         if item is not None:
             results.append(
                 ScoredPair(
-                    **dict(item),
+                    **item.fields(),
                     index=index,
                     user_id=answer.user_id,
                     cold_user=answer.cold_user,
