@@ -25,6 +25,9 @@ from models.scoring_model import CACHE_BYTES, ScoringModel
 from models.template import Template, window_start
 from models.tokens import TextEncoder
 
+FP8 = "fp8"
+PRECISIONS = (*DTYPES, FP8)
+
 
 class Calibration(BaseModel):
     """A strictly increasing map of a score's logit: `slope` > 0, so calibration never changes a ranking."""
@@ -131,11 +134,29 @@ class Bundle:
         projections.load_state_dict(load_file(self.folder / "projection.safetensors"))
         return projections.requires_grad_(False)
 
-    def model(self, *, device: str = "cpu", dtype: str | None = None, cache_bytes: int = CACHE_BYTES) -> ScoringModel:
-        """Load backbone and projections, ready to score; `cache_bytes` bounds the prompt beginnings it keeps."""
+    def model(
+        self,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        compiled: bool = False,
+    ) -> ScoringModel:
+        """Load backbone and projections, ready to score.
+
+        `dtype` is one of `PRECISIONS`, or the bundle's own; in fp8 the products alone are, the rest is bf16.
+        `cache_bytes` bounds the prompt beginnings that are kept.
+        """
+        fp8 = dtype == FP8
         identity = f"{self.manifest.backbone.merged_id} {self.manifest.files['projection.safetensors'].sha256}"
-        backbone = self.backbone(device=device, dtype=dtype)
-        return ScoringModel(backbone, self.projections(), identity=identity, cache_bytes=cache_bytes)
+        return ScoringModel(
+            self.backbone(device=device, dtype="bfloat16" if fp8 else dtype),
+            self.projections(),
+            identity=identity,
+            cache_bytes=cache_bytes,
+            fp8=fp8,
+            compiled=compiled,
+        )
 
     def encoder(self) -> TextEncoder:
         """Load the tokenizer alone: all that assembling prompts needs of the language model."""

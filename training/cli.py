@@ -39,7 +39,7 @@ SplitByOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 DeviceOption = Annotated[str, typer.Option(help="torch device")]
-DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16 instead of the bundle's own")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or fp8 instead of the bundle's own")]
 
 
 @app.command()
@@ -97,6 +97,31 @@ def evaluate(
             print(json.dumps(report))
         else:
             show_report(Console(width=100), split, report)
+
+
+@app.command()
+def precision(
+    bundle: BundleOption,
+    data: DataOption,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or fp8, to be compared with the bundle's own")],
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "valid",
+    as_json: JsonOption = False,
+    positive_above: PositiveOption = None,
+    split_by: SplitByOption = None,
+    device: DeviceOption = "",
+) -> None:
+    """Tell what another number type changes: AUC, UAUC and log-loss, with user-bootstrap intervals; the worst score."""
+    with one_line_errors():
+        from training.precision import precision_study
+        from training.start import progress_bar, read_data
+
+        dataset = read_data(data, positive_above, split_by, require=(split,))
+        with progress_bar(f"scoring {split} twice") as progress:
+            report = precision_study(bundle, dataset, split, device, dtype, progress)
+        if as_json:
+            print(json.dumps(report))
+        else:
+            show_precision(Console(width=100), report)
 
 
 @app.command()
@@ -240,6 +265,17 @@ def show_stages(console: Console, report: dict[str, Any]) -> None:
         interval = "" if gap is None else f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
         table.add_row(name, f"{reached['auc']:.4f}", f"{reached['uauc']:.4f}", interval)
     console.print(table)
+
+
+def show_precision(console: Console, report: dict[str, Any]) -> None:
+    """Print what another number type changes."""
+    own, other = report["own"], report["other"]
+    console.print(
+        f"{report['split']}, {report['rows']} rows: AUC {own['auc']:.5f} in {own['dtype']}, {other['auc']:.5f} in"
+        f" {other['dtype']}; a score moves by at most {report['worst']:.2g}"
+    )
+    for name, one in report["difference"].items():
+        console.print(f"{name:9} {one['value']:+.6f}  ({one['low']:+.6f} to {one['high']:+.6f})")
 
 
 def show_report(console: Console, split: str, report: dict[str, Any]) -> None:

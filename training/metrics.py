@@ -52,12 +52,11 @@ def evaluate_scores(
 ) -> dict[str, Interval]:
     """Return auc, uauc, log_loss and ece with their intervals."""
     replicas = _Replicas(users_B, replicates, seed)
-    clipped = np.clip(scores_B.astype(np.float64), 1e-7, 1 - 1e-7)
-    losses_B = -np.where(labels_B > 0, np.log(clipped), np.log1p(-clipped))
+    clipped = _clipped(scores_B)
     samples = {
         "auc": _auc_samples(scores_B, labels_B, replicas),
         "uauc": _uauc_samples(scores_B, labels_B, users_B, replicas),
-        "log_loss": replicas.weights_RU @ replicas.sum_by_user(losses_B) / replicas.rows_R,
+        "log_loss": _log_loss_samples(clipped, labels_B, replicas),
         "ece": _ece_samples(clipped, labels_B, replicas),
     }
     return {name: _interval(values_R) for name, values_R in samples.items()}
@@ -80,6 +79,21 @@ def paired_difference(
             _uauc_samples(ours_B, labels_B, users_B, replicas) - _uauc_samples(theirs_B, labels_B, users_B, replicas)
         ),
     }
+
+
+def log_loss_difference(
+    ours_B: NDArray[np.floating],
+    theirs_B: NDArray[np.floating],
+    labels_B: NDArray[np.floating],
+    users_B: NDArray[np.integer],
+    *,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> Interval:
+    """Return ours minus theirs in log-loss on the same resampled users; both are probabilities."""
+    replicas = _Replicas(users_B, replicates, seed)
+    ours_R, theirs_R = (_log_loss_samples(_clipped(one), labels_B, replicas) for one in (ours_B, theirs_B))
+    return _interval(ours_R - theirs_R)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -131,6 +145,16 @@ def _auc_samples(scores_B: NDArray[np.floating], labels_B: NDArray[np.floating],
     ranked = _RankedRows(scores_B, labels_B)
     areas = [ranked.auc(weights_U[replicas.user_B]) for weights_U in replicas.weights_RU]
     return np.array([np.nan if area is None else area for area in areas])
+
+
+def _clipped(scores_B: NDArray[np.floating]) -> Floats:
+    return np.clip(scores_B.astype(np.float64), 1e-7, 1 - 1e-7)
+
+
+def _log_loss_samples(clipped_B: Floats, labels_B: NDArray[np.floating], replicas: _Replicas) -> Floats:
+    losses_B = -np.where(labels_B > 0, np.log(clipped_B), np.log1p(-clipped_B))
+    losses_R: Floats = replicas.weights_RU @ replicas.sum_by_user(losses_B) / replicas.rows_R
+    return losses_R
 
 
 def _uauc_samples(

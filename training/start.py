@@ -11,8 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from transformers.utils import logging as transformers_logging
 
-from models.backbone import DTYPES
-from models.loading import Bundle
+from models.loading import PRECISIONS, Bundle
 from training.config import Config, ConfigError
 from training.data.dataset import Dataset, load_dataset
 from training.data.split import SplitRule
@@ -48,8 +47,8 @@ def open_scorer(folder: Path, device: str, dtype: str | None) -> tuple[Bundle, S
     Raises:
         BundleError, BackboneError: it cannot be used.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in PRECISIONS:
+        raise ConfigError(f"--dtype {dtype}: give one of {', '.join(PRECISIONS)}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     bundle = Bundle.open(folder)

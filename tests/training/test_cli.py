@@ -196,6 +196,18 @@ def test_evaluate_prints_null_where_a_figure_is_undefined(trained: Trained, tmp_
     assert found["auc"] == found["uauc"] == nothing and found["log_loss"]["value"] > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
+def test_precision_tells_what_another_type_changes(trained: Trained, dtype: str) -> None:
+    arguments = ("--bundle", trained.bundle, "--data", trained.data, "--dtype", dtype)
+    report = json.loads(sella_train("precision", *arguments, "--json").stdout)
+    assert set(report["difference"]) == {"auc", "uauc", "log_loss"}
+    moved = abs(report["difference"]["auc"]["value"] - (report["other"]["auc"] - report["own"]["auc"]))
+    assert moved < 1e-9
+    assert (report["worst"] == 0) is (dtype == "float32")
+    assert report["worst"] < 0.1
+    assert f"in {dtype}" in sella_train("precision", *arguments).stdout
+
+
 def test_evaluate_names_a_split_that_is_not_there(trained: Trained) -> None:
     line = refused("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split", "tset")
     assert "'tset'" in line
