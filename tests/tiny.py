@@ -56,6 +56,7 @@ def tiny_bundle(
     size: TinySize | None = None,
     dtype: Dtype = "float32",
     template: TemplateConfig | None = None,
+    d_model: int = D_MODEL,
 ) -> Bundle:
     """Write a random bundle at `out` and open it."""
     size = size or TinySize()
@@ -63,12 +64,12 @@ def tiny_bundle(
     identity: dict[str, str | int] = {}
 
     def fill(folder: Path) -> None:
-        backbone = tiny_backbone(seed)
+        backbone = tiny_backbone(seed, d_model)
         backbone.save(folder / "backbone")
         base_id = load_backbone(folder / "backbone").weights_id()
         _write_adapter(backbone, folder / "adapter", seed)
-        _write_tables(folder, size, seed)
-        _write_projection(folder, backbone.embedding_norm(), seed)
+        _write_tables(folder, size, seed, d_model)
+        _write_projection(folder, backbone.embedding_norm(), seed, d_model)
         identity.update(
             base_id=base_id,
             merged_id=merged_id(base_id, folder / "adapter", dtype),
@@ -82,7 +83,7 @@ def tiny_bundle(
             backbone=BackboneEntry.model_validate({"source": "backbone", "dtype": dtype, **identity}),
             template=template,
             dimensions=Dimensions(
-                d_collab=D_COLLAB, d_hidden=D_HIDDEN, d_model=D_MODEL, users=size.users, items=size.items
+                d_collab=D_COLLAB, d_hidden=D_HIDDEN, d_model=d_model, users=size.users, items=size.items
             ),
             data_fingerprint="random",
             training={},
@@ -117,12 +118,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def tiny_backbone(seed: int = 0) -> Backbone:
+def tiny_backbone(seed: int = 0, d_model: int = D_MODEL) -> Backbone:
     """Return a random Qwen2 of two layers, in fp32; its weights are wide enough that scores differ visibly."""
     tokenizer = tiny_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=D_MODEL,
+        hidden_size=d_model,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -154,16 +155,16 @@ def _write_adapter(backbone: Backbone, folder: Path, seed: int) -> None:
     config.write_text(json.dumps(fields, indent=2, sort_keys=True))
 
 
-def _write_projection(folder: Path, norm: float, seed: int) -> None:
+def _write_projection(folder: Path, norm: float, seed: int, d_model: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
-        projections = Projections(D_COLLAB, D_HIDDEN, D_MODEL)
+        projections = Projections(D_COLLAB, D_HIDDEN, d_model)
         projections.collab.rescale(torch.randn(64, D_COLLAB), norm)
-        projections.warm.rescale(torch.randn(64, D_MODEL), norm)
+        projections.warm.rescale(torch.randn(64, d_model), norm)
     save_torch_file(projections.state_dict(), folder / "projection.safetensors")
 
 
-def _write_tables(folder: Path, size: TinySize, seed: int) -> None:
+def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None:
     rng = np.random.default_rng(seed + 3)
 
     def normal(*shape: int) -> NDArray[np.float32]:
@@ -178,9 +179,9 @@ def _write_tables(folder: Path, size: TinySize, seed: int) -> None:
         "prior_covariance": (root @ root.T / D_COLLAB).astype(np.float32),
     }
     semantic: dict[str, NDArray[np.float32]] = {
-        "vectors": normal(size.items, D_MODEL),
-        "map_center": normal(D_MODEL),
-        "map_weight": normal(D_MODEL, D_COLLAB) / np.float32(D_MODEL**0.5),
+        "vectors": normal(size.items, d_model),
+        "map_center": normal(d_model),
+        "map_weight": normal(d_model, D_COLLAB) / np.float32(d_model**0.5),
         "map_offset": normal(D_COLLAB),
     }
     save_file(collab, folder / "collab.safetensors")
