@@ -4,7 +4,7 @@ import signal
 import socket
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import structlog
 import typer
@@ -36,10 +36,14 @@ def run(
     bundle: Annotated[Path | None, typer.Option(help="The bundle's folder [env: SELLA_BUNDLE].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [env: SELLA_HOST; default 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [env: SELLA_PORT; default 8000].")] = None,
+    engine: Annotated[
+        Literal["packed", "vllm"] | None,
+        typer.Option(help="What computes the scores [env: SELLA_ENGINE; default packed]."),
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP until SIGTERM or Ctrl-C. Every other setting is a SELLA_ variable."""
     try:
-        settings = load_settings(bundle=bundle, host=host, port=port)
+        settings = load_settings(bundle=bundle, host=host, port=port, engine=engine)
         log = configure_logs(settings)
         metrics = Metrics()
         # Verified before anything listens: a broken bundle is one line here, not a server that is never ready.

@@ -11,9 +11,8 @@ from models.assembly import Assembler
 from models.features import Tables
 from models.loading import Bundle, Calibration
 from service.batcher import Batcher, BatchLimits
-from service.engines.packed import PackedSource
+from service.engines.choice import open_engine
 from service.engines.protocol import Engine
-from service.engines.supervised import SupervisedEngine, Supervision
 from service.features.embedded import EmbeddedStore
 from service.features.protocol import FeatureStore
 from service.metrics import Metrics
@@ -68,21 +67,11 @@ def open_handle(
 
     Raises:
         BundleError, TokenizerError: the bundle cannot be served.
+        SettingsError: the engine is not installed.
     """
     tables = bundle.tables()
-    engine = SupervisedEngine(
-        PackedSource(
-            folder=bundle.folder.resolve(),
-            bundle_id=bundle.id,
-            device=settings.device,
-            threads=settings.engine_threads,
-            batch_tokens=settings.batch_tokens,
-            cache_bytes=settings.cache_mb * 2**20,
-        ),
-        Supervision(forward_limit_s=settings.forward_limit_s, load_limit_s=settings.load_limit_s),
-        log,
-        on_restart=metrics.engine_restarted,
-    )
+    assembler = bundle.assembler(bundle.encoder(), tables)
+    engine = open_engine(settings, bundle, assembler, log, metrics.engine_restarted)
     limits = BatchLimits(
         queue_tokens=settings.queue_tokens,
         batch_tokens=settings.batch_tokens,
@@ -94,7 +83,7 @@ def open_handle(
         bundle_id=bundle.id,
         tables=tables,
         store=EmbeddedStore(bundle.id, tables),
-        assembler=bundle.assembler(bundle.encoder(), tables),
+        assembler=assembler,
         calibration=bundle.calibration(),
         engine=engine,
         batcher=Batcher(engine, limits, on_queue=metrics.queued),

@@ -27,6 +27,10 @@ class Settings(BaseSettings):
         description="Address to listen on. Loopback, because the routes ask for no key; open it behind a proxy.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    engine: Literal["packed", "vllm"] = Field(
+        default="packed",
+        description="What computes the scores. packed runs everywhere and computes a request's shared part once.",
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
@@ -94,6 +98,31 @@ class Settings(BaseSettings):
         le=DAY_S,
         description="How long running requests may finish after SIGTERM; the default deadline, so that none is cut.",
     )
+    vllm_weights: Path = Field(
+        default=Path("~/.cache/sella/merged"),
+        description="Where merged weights are kept for vLLM, a folder for each model. A cache: they can be made anew.",
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=1024, description="GPUs that vLLM spreads one model over; one, where the model fits."
+    )
+    data_parallel: int = Field(
+        default=1, ge=1, le=1024, description="Copies of the model among which vLLM shares out prompts."
+    )
+    vllm_gpu_memory: float = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory that vLLM takes; the rest is for the model that distils titles beside it.",
+    )
+    vllm_kv_gib: float | None = Field(
+        default=None,
+        gt=0,
+        le=65536,
+        description="GiB of vLLM's key/value cache. Unset leaves it to vLLM, which fills its share. Set it on a CPU.",
+    )
+    vllm_eager: bool = Field(
+        default=False, description="Start vLLM without compiling the model: sooner ready, slower afterwards."
+    )
     max_pairs: int = Field(default=1000, ge=1, description="Pairs of one /score request.")
     max_candidates: int = Field(default=1000, ge=1, description="Candidates of one /rank request.")
     max_history: int = Field(
@@ -113,6 +142,11 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="auto: readable lines on a terminal, JSON lines anywhere else."
     )
+
+    @field_validator("vllm_weights")
+    @classmethod
+    def _home_folder(cls, value: Path) -> Path:
+        return value.expanduser()
 
     @field_validator("host")
     @classmethod

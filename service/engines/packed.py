@@ -101,6 +101,10 @@ class PackedModel:
         """Return each job's vectors, `(N, D)`, or its error."""
         return _each_alone(jobs, self._distil)
 
+    def save_weights(self, folder: Path) -> None:
+        """Save the merged language model, for an engine that loads it from a folder."""
+        self._model.backbone.save(folder)
+
     def _distil(self, jobs: Sequence[Sequence[Segment]]) -> list[Floats]:
         prompts = [prompt for job in jobs for prompt in job]
         vectors_ND = self._model.distil(prompts, max_tokens=self._batch_tokens)

@@ -1,0 +1,90 @@
+"""Which engine a bundle is served by, and what each is made of."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
+import structlog
+
+from models.assembly import Assembler
+from models.packs import ScoringGroup
+from models.backbone import DTYPES
+from models.features import ItemFeatures
+from models.loading import Bundle
+from models.template import PromptKind, Template, Title
+from models.tokens import AnswerTokens
+from service.engines.merged import MergedSource
+from service.engines.packed import WARM_UP_CANDIDATES, PackedSource
+from service.engines.protocol import Engine
+from service.engines.supervised import SupervisedEngine, Supervision
+from service.engines.vllm import VllmEngine
+from service.engines.vllm_config import CoreConfig
+from service.engines.vllm_prompts import PromptWriter
+from service.settings import Settings, SettingsError
+
+
+def open_engine(
+    settings: Settings,
+    bundle: Bundle,
+    assembler: Assembler,
+    log: structlog.stdlib.BoundLogger,
+    on_restart: Callable[[], None],
+) -> Engine:
+    """Return the engine that the settings name; it loads when it is told to start.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    packed = PackedSource(
+        folder=bundle.folder.resolve(),
+        bundle_id=bundle.id,
+        device=settings.device,
+        threads=settings.engine_threads,
+        batch_tokens=settings.batch_tokens,
+        cache_bytes=settings.cache_mb * 2**20,
+    )
+    supervision = Supervision(forward_limit_s=settings.forward_limit_s, load_limit_s=settings.load_limit_s)
+    if settings.engine == "packed":
+        return SupervisedEngine(packed, supervision, log, on_restart)
+    if find_spec("vllm") is None:
+        raise SettingsError("SELLA_ENGINE: vllm is not installed; pip install 'sella[vllm]'")
+    config = core_config(settings, bundle, assembler.template)
+    distiller = SupervisedEngine(
+        MergedSource(packed, config.weights), supervision, log.bind(engine="distiller"), on_restart
+    )
+    backbone = bundle.manifest.backbone
+    writer = PromptWriter(bundle.projections(), DTYPES[backbone.dtype], backbone.merged_id)
+    warm_up = _warm_up_group(assembler, bundle.manifest.dimensions.d_model)
+    return VllmEngine(config, writer, distiller, warm_up, supervision, log.bind(engine="vllm"), on_restart)
+
+
+def core_config(settings: Settings, bundle: Bundle, template: Template) -> CoreConfig:
+    """Return what vLLM is started with. The weights' folder is named by what they are made of."""
+    backbone = bundle.manifest.backbone
+    return CoreConfig(
+        weights=settings.vllm_weights.resolve() / f"{backbone.merged_id}-{backbone.dtype}",
+        dtype=backbone.dtype,
+        answers=AnswerTokens(backbone.yes_id, backbone.no_id),
+        max_tokens=_longest_prompt(template) + 1,
+        tensor_parallel=settings.tensor_parallel,
+        data_parallel=settings.data_parallel,
+        gpu_memory=settings.vllm_gpu_memory,
+        kv_gib=settings.vllm_kv_gib,
+        eager=settings.vllm_eager,
+    )
+
+
+def _longest_prompt(template: Template) -> int:
+    """Return the tokens of the longest prompt that the template's caps allow."""
+    kind = PromptKind.PROJECT
+    tail = max(len(template.user_tail(kind, empty_history=empty)) for empty in (False, True))
+    candidate = template.candidate(kind, Title((0,) * template.config.title_tokens))
+    return len(template.instruction(kind)) + template.config.history_tokens + tail + len(candidate)
+
+
+def _warm_up_group(assembler: Assembler, d_model: int) -> ScoringGroup:
+    collab_C = assembler.prior.mean_C
+    item = ItemFeatures(
+        "warm-up", "A title to warm up with", collab_C, collab_C, np.ones(d_model, np.float32), trained=False
+    )
+    return assembler.group(assembler.user(None, [item], 1), [item] * WARM_UP_CANDIDATES)

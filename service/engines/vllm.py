@@ -1,0 +1,215 @@
+"""The vLLM engine: scores by vLLM's asynchronous engine, titles distilled by the packed model beside it."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import structlog
+import torch
+
+from models.packs import ScoringGroup
+from models.features import Floats
+from service.engines.protocol import (
+    DistilJob,
+    EngineBrokenError,
+    EngineHealth,
+    EngineState,
+    EngineUnavailableError,
+    JobDroppedError,
+    JobFailedError,
+    Outcome,
+    ScoreJob,
+)
+from service.engines.supervised import SupervisedEngine, Supervision
+from service.engines.vllm_config import CoreConfig
+from service.engines.vllm_core import VllmCore
+from service.engines.vllm_prompts import PromptWriter
+
+
+class VllmEngine:
+    """An `Engine` around vLLM. Every candidate is a prompt of its own, whose trunk vLLM finds in its prefix cache.
+
+    vLLM does not give hidden states and answers from one engine, so `distiller` is a second one, for titles outside the
+    catalogue alone. Its worker saves the merged weights that vLLM loads, and so is ready first.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        writer: PromptWriter,
+        distiller: SupervisedEngine,
+        warm_up: ScoringGroup,
+        supervision: Supervision,
+        log: structlog.stdlib.BoundLogger,
+        on_restart: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._writer = writer
+        self._distiller = distiller
+        self._warm_up = warm_up
+        self._supervision = supervision
+        self._log = log
+        self._on_restart = on_restart
+        self._state = EngineState.STARTING
+        self._detail = "loading the model"
+        self._restarts = 0
+        self.core: VllmCore | None = None  # the run of vLLM that starts or serves
+        self._computing: dict[int, asyncio.Task[Floats]] = {}
+        self._ready: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin loading and return at once."""
+        self._ready = asyncio.get_running_loop().create_future()
+        await self._distiller.start()
+        self._task = asyncio.create_task(self._supervise(), name="vLLM supervisor")
+
+    async def ready(self) -> None:
+        """Return when both models are loaded and warmed up for the first time.
+
+        Raises:
+            EngineBrokenError: they never will be.
+        """
+        assert self._ready is not None, "start() comes first"
+        await asyncio.shield(self._ready)
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
+        """Return each group's raw probabilities, fp32, `(K,)`."""
+        core = self._serving()
+        return list(await asyncio.gather(*(self._outcome(core, job) for job in jobs)))
+
+    async def distil(self, jobs: Sequence[DistilJob]) -> list[Outcome]:
+        """Return each job's semantic vectors, fp32, `(N, D)`."""
+        self._serving()
+        return await self._distiller.distil(jobs)
+
+    def cancel(self, job_ids: Sequence[int]) -> None:
+        """Drop jobs; prompts that vLLM has already are aborted."""
+        for job_id in job_ids:
+            if job_id in self._computing:
+                self._computing[job_id].cancel()
+        self._distiller.cancel(job_ids)
+
+    def health(self) -> EngineHealth:
+        """Return where the engine stands. It is ready without its distiller, for ids of the catalogue need none."""
+        beside = self._distiller.health()
+        detail = self._detail
+        if self._state is EngineState.READY and not beside.ready:
+            detail = f"ready, but titles outside the catalogue wait: {beside.detail}"
+        return EngineHealth(self._state, detail, self._restarts + beside.restarts)
+
+    async def close(self) -> None:
+        """Kill both engines; jobs that are not done fail."""
+        self._state, self._detail = EngineState.CLOSED, "closed"
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self._distiller.close()
+        if self._ready is not None:
+            self._ready.cancel()
+
+    def _serving(self) -> VllmCore:
+        if self._state is not EngineState.READY or self.core is None:
+            raise EngineUnavailableError(f"the engine is {self._state}: {self._detail}")
+        return self.core
+
+    async def _outcome(self, core: VllmCore, job: ScoreJob) -> Outcome:
+        """Compute one job; its error is its outcome and touches no other job."""
+        task = asyncio.create_task(self._compute(core, job))
+        self._computing[job.id] = task
+        try:
+            await asyncio.wait([task])
+        finally:
+            task.cancel()
+            self._computing.pop(job.id, None)
+        if task.cancelled():
+            if core is self.core:
+                return JobDroppedError("cancelled")
+            return EngineUnavailableError("the engine stopped while it computed this; it is being restarted")
+        error = task.exception()
+        if error is None:
+            return task.result()
+        if isinstance(error, EngineUnavailableError | JobDroppedError | JobFailedError):
+            return error
+        return JobFailedError(f"{type(error).__name__}: {error}")
+
+    async def _compute(self, core: VllmCore, job: ScoreJob) -> Floats:
+        _refuse_if_late(job)
+        prompts = await asyncio.to_thread(self._writer.write, job.group)
+        _refuse_if_late(job)
+        logits_K = torch.tensor(await core.ask(prompts), dtype=torch.float64)
+        probabilities: Floats = logits_K.sigmoid().float().numpy()
+        return probabilities
+
+    async def _supervise(self) -> None:
+        """Keep one run of vLLM going until closed."""
+        try:
+            await self._distiller.ready()
+        except EngineBrokenError as error:
+            self._break_if_never_ready(str(error))
+            return
+        backoff = self._supervision.first_backoff_s
+        while True:
+            started = time.monotonic()
+            reason = await self._run_one_core()
+            if self._state is EngineState.BROKEN:
+                return
+            if time.monotonic() - started > self._supervision.steady_s:
+                backoff = self._supervision.first_backoff_s
+            self._restarts += 1
+            self._on_restart()
+            self._log.error("engine_lost", reason=reason, restart_in_s=backoff, restarts=self._restarts)
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, self._supervision.last_backoff_s)
+
+    async def _run_one_core(self) -> str:
+        """Run vLLM from its start to its end; return why it ended."""
+        started = time.monotonic()
+        self.core = core = VllmCore(self._config, self._supervision.forward_limit_s)
+        try:
+            try:
+                async with asyncio.timeout(self._supervision.load_limit_s):
+                    await core.open(await asyncio.to_thread(self._writer.write, self._warm_up))
+            except TimeoutError:
+                reason = f"vLLM was not ready within {self._supervision.load_limit_s:g} s"
+            except Exception as error:  # what vLLM raises where it cannot start is not ours to list
+                message = " ".join(str(error).split()) or type(error).__name__
+                reason = f"vLLM cannot start: {message} (its own log, on standard output, says more)"
+                self._break_if_never_ready(reason)
+            else:
+                reason = await self._serve(core, time.monotonic() - started)
+        finally:
+            self.core = None
+            self._lost()
+            await core.close()
+        if self._state is not EngineState.BROKEN:
+            self._state, self._detail = EngineState.RESTARTING, reason
+        return reason
+
+    async def _serve(self, core: VllmCore, load_s: float) -> str:
+        self._state, self._detail = EngineState.READY, "ready"
+        self._log.info("engine_ready", load_s=round(load_s, 2), worker_pid=core.pids[0], restarts=self._restarts)
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
+        await core.death()
+        return core.killed_because or "vLLM's engine core died"
+
+    def _break_if_never_ready(self, reason: str) -> None:
+        """The first start failing is final; a later one may be a disk that comes back."""
+        if self._ready is not None and not self._ready.done():
+            self._state, self._detail = EngineState.BROKEN, reason
+            self._ready.set_exception(EngineBrokenError(reason))
+
+    def _lost(self) -> None:
+        """Fail everything that computes at once: nobody will answer it."""
+        if self._state is EngineState.READY:
+            self._state, self._detail = EngineState.RESTARTING, "vLLM's engine core is gone"
+        for task in self._computing.values():
+            task.cancel()
+
+
+def _refuse_if_late(job: ScoreJob) -> None:
+    if job.deadline <= time.monotonic():
+        raise JobDroppedError("past its deadline before the forward")
