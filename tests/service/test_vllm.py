@@ -11,12 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from models.assembly import Assembler
-from models.packs import ScoringGroup
 from models.loading import Bundle
+from models.packs import ScoringGroup
 from models.projection import Projections, Verbatim
 from models.scoring_model import ScoringModel
-from models.template import PromptKind, Title
 from models.segments import SlotKind
+from models.template import PromptKind, Title
 from service.cli import app
 from service.engines.choice import core_config, open_engine
 from service.engines.merged import MergedSource

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from models.assembly import Assembler
-from models.packs import ScoringGroup
 from models.features import ItemFeatures, Tables
-from models.packs import Branch, Pack
+from models.packs import Branch, Pack, ScoringGroup
 from models.projection import Verbatim
 from models.scorer import score
 from models.scoring_model import ScoringModel

@@ -12,9 +12,8 @@ import psutil
 import pytest
 
 from models.assembly import Assembler
-from models.packs import ScoringGroup
 from models.features import Tables
-from models.packs import Branch, Pack
+from models.packs import Branch, Pack, ScoringGroup
 from models.scoring_model import ScoringModel
 from models.segments import Segment
 from service.engines.protocol import EngineState, EngineUnavailableError, JobDroppedError, JobFailedError, ScoreJob
