@@ -42,6 +42,16 @@ class Settings(BaseSettings):
         le=1024,
         description="CPU threads of the engine. Unset leaves it to torch, which takes one for each physical core.",
     )
+    dtype: Literal["float32", "bfloat16", "fp8"] | None = Field(
+        default=None,
+        description="Number type of the packed engine's weights. Unset: the bundle's own, in which its figures were"
+        " measured. fp8 computes products in 8 bits; `sella-train precision` tells what either changes.",
+    )
+    compiled: bool = Field(
+        default=False,
+        description="Compile norms and MLPs of the packed engine while it loads. Off: on a CPU it gains nothing and"
+        " takes a C++ compiler; on a GPU measure it by `make bench-gpu`.",
+    )
     batch_tokens: int = Field(
         default=2048,
         ge=64,

@@ -42,6 +42,8 @@ def open_engine(
         threads=settings.engine_threads,
         batch_tokens=settings.batch_tokens,
         cache_bytes=settings.cache_mb * 2**20,
+        dtype=settings.dtype,
+        compiled=settings.compiled,
     )
     supervision = Supervision(forward_limit_s=settings.forward_limit_s, load_limit_s=settings.load_limit_s)
     if settings.engine == "packed":

@@ -41,6 +41,8 @@ class PackedSource:
     threads: int | None
     batch_tokens: int
     cache_bytes: int
+    dtype: str | None = None
+    compiled: bool = False
 
     def open(self) -> "PackedModel":
         """Verify the bundle again, for it may have changed since, and load its model.
@@ -60,7 +62,8 @@ class PackedSource:
         bundle = Bundle.open(self.folder)
         if bundle.id != self.bundle_id:
             raise BundleError(f"{self.folder}: holds bundle {bundle.id[:12]} now, not {self.bundle_id[:12]}")
-        return PackedModel(bundle, bundle.model(device=device, cache_bytes=self.cache_bytes), self.batch_tokens)
+        model = bundle.model(device=device, dtype=self.dtype, cache_bytes=self.cache_bytes, compiled=self.compiled)
+        return PackedModel(bundle, model, self.batch_tokens)
 
 
 class PackedModel:

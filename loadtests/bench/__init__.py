@@ -1,0 +1,1 @@
+"""The engine benchmark: the reference, naive batches, vLLM and the packed engine, on the same weights and requests."""
