@@ -14,6 +14,7 @@ from loadtests.bench.shapes import ModelShape, PromptShape, request
 from models.backbone import DTYPES
 
 LEAST_REQUESTS, MOST_REQUESTS = 3, 200
+SLOW_S = 20.0  # of a request that takes longer, one is enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,7 @@ class Measurer:
         first_scores: NDArray[np.float32] | None = None
         before, seconds = self._scorer.tokens(), list[float]()
         started = time.perf_counter()
-        while len(seconds) < LEAST_REQUESTS or (
-            len(seconds) < MOST_REQUESTS and time.perf_counter() - started < self._seconds
-        ):
+        while not seconds or self._go_on(len(seconds), time.perf_counter() - started):
             taken, scores = self._score(case, 1 + len(seconds))
             seconds.append(taken)
             first_scores = scores if first_scores is None else first_scores
@@ -97,6 +96,12 @@ class Measurer:
             matrix_fraction=matrix_seconds(self._model, tokens, self._device) / float(np.median(seconds)),
             scores=first_scores.tolist(),
         )
+
+    def _go_on(self, requests: int, elapsed: float) -> bool:
+        """Whether a case needs more requests."""
+        if elapsed / requests > SLOW_S:
+            return False
+        return requests < LEAST_REQUESTS or (requests < MOST_REQUESTS and elapsed < self._seconds)
 
     def _score(self, case: Case, draw: int) -> tuple[float, NDArray[np.float32]]:
         """Score a case's request number `draw`, the same for every scorer."""

@@ -57,7 +57,9 @@ def save(shape: ModelShape, folder: Path) -> None:
     model = make_model(shape, "cpu")
     model.save_pretrained(folder, safe_serialization=True)
     projections = make_projections(shape, Backbone(model, tokenizer_of_two_words()))
-    save_file(projections.state_dict(), folder / "projection.safetensors")
+    # In a folder of its own: vLLM takes every safetensors file beside the model for a part of it.
+    (folder / "projections").mkdir()
+    save_file(projections.state_dict(), folder / "projections" / "projection.safetensors")
 
 
 def load(shape: ModelShape, folder: Path | None, device: str) -> tuple[Backbone, Projections]:
@@ -74,5 +76,5 @@ def load(shape: ModelShape, folder: Path | None, device: str) -> tuple[Backbone,
 def load_projections(shape: ModelShape, folder: Path) -> Projections:
     """Read the projections that `save` wrote."""
     projections = Projections(D_COLLAB, D_HIDDEN, shape.d_model)
-    projections.load_state_dict(load_file(folder / "projection.safetensors"))
+    projections.load_state_dict(load_file(folder / "projections" / "projection.safetensors"))
     return projections.requires_grad_(False)
