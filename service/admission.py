@@ -51,27 +51,27 @@ class Admission:
         return round(candidates * (self._tokens_a_candidate or 0.0))
 
     def judge(self, tokens: int, deadline: float, busy_until: float) -> None:
-        """Refuse what would be late or make others late. An empty queue takes any one, or the largest never ran.
+        """Refuse what would be late or make others late. Where nothing waits or runs any one passes, however long.
 
         Raises:
             QueueFullError: refused.
         """
-        if not self._waiting:
+        now = time.monotonic()
+        if not self._waiting and busy_until <= now:
             return
         over = self._waiting.tokens + tokens - self._queue_tokens
-        if over > 0:
+        if self._waiting and over > 0:
             wait_s = max(1, math.ceil(self.seconds(over)))
             raise QueueFullError(f"{over} tokens more than the {self._queue_tokens} that may wait", wait_s)
-        late = self._late_by(tokens, deadline, busy_until)
+        late = self._late_by(tokens, deadline, busy_until - now, now)
         if late > 0:
             raise QueueFullError(f"it would be late by {late:.3g} s", max(1, math.ceil(late)))
 
-    def _late_by(self, tokens: int, deadline: float, busy_until: float) -> float:
+    def _late_by(self, tokens: int, deadline: float, busy: float, now: float) -> float:
         """Return by how much the new request would miss its deadline, or make one that waits miss its own."""
         if not self._pace.known:
             return 0.0
-        now = time.monotonic()
-        busy, due = busy_until - now, self.due(tokens, now)
+        due = self.due(tokens, now)
         before = sum(entry.tokens for entry in self._waiting if entry.due <= due)
         late = busy + self.seconds(before + tokens) - SAFETY * (deadline - now)
         passed = 0

@@ -198,6 +198,19 @@ async def test_a_request_that_would_be_late_is_refused_at_once(echo: EchoEngine)
     assert queue.gauge == 0
 
 
+async def test_a_busy_engine_refuses_what_it_cannot_do_in_time_though_nothing_waits(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    queue.measured(seconds_a_token=0.1)
+    running = queue.score(group())
+    await turns()
+    with pytest.raises(QueueFullError):
+        await queue.score(group(), deadline=later(2.0))
+    echo.gate.set()
+    await running
+    await queue.score(group(40), deadline=later(2.0))  # alone, and far longer than its deadline by the pace so far
+
+
 async def test_a_request_without_a_chance_is_refused_before_anything_is_done_for_it(echo: EchoEngine) -> None:
     echo.gate.clear()
     queue = Queue(echo)
