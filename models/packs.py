@@ -68,6 +68,14 @@ class ScoringGroup:
     item_KC: Floats
     semantic_KD: Floats
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where a candidate lacks a vector, or where bytes would not tell vectors apart."""
+        candidates = len(self.pack.branches)
+        for name, rows in (("user_1C", 1), ("item_KC", candidates), ("semantic_KD", candidates)):
+            vectors = getattr(self, name)
+            if vectors.ndim != 2 or len(vectors) != rows or vectors.dtype != np.float32 or not rows:
+                raise ValueError(f"{name}: {vectors.dtype} of shape {vectors.shape}; need float32, {rows} rows")
+
     def parts(self, max_tokens: int) -> Iterator["ScoringGroup"]:
         """Yield the group cut into parts of at most `max_tokens`, candidates in order, each with the whole trunk."""
         for pack, where in split_pack(self.pack, max_tokens):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.segments import Segment
 
-CHUNK_TOKENS = 16  # a grown history computes at most so many tokens again
+CHUNK_TOKENS = 16  # of a history that grew, fewer tokens than this are computed again
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +36,16 @@ def chunk_names(identity: str, trunk: Segment, slot_bytes: Sequence[bytes]) -> l
 
     `identity` stands for the weights and their type, `slot_bytes` holds the bytes of the vector behind each slot.
     """
-    slots = sorted((index, vector) for (_, index), vector in zip(trunk.slots, slot_bytes, strict=True))
+    slots = sorted((index, kind, vector) for (kind, index), vector in zip(trunk.slots, slot_bytes, strict=True))
     name = hashlib.sha256(identity.encode()).digest()
     names = []
     for start in range(0, len(trunk), CHUNK_TOKENS):
         end = min(start + CHUNK_TOKENS, len(trunk))
         digest = hashlib.sha256(name)
         digest.update(repr(trunk.token_ids[start:end]).encode())
-        for index, vector in slots:
+        for index, kind, vector in slots:
             if start <= index < end:
-                digest.update(b"%d %d " % (index, len(vector)))
+                digest.update(f"{index} {kind} {len(vector)} ".encode())
                 digest.update(vector)
         name = digest.digest()
         names.append(name)

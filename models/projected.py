@@ -3,6 +3,7 @@
 Shapes: K vectors asked for, X their width, M vectors that fit, D = d_L.
 """
 
+import hashlib
 from collections import OrderedDict
 from threading import Lock
 
@@ -15,7 +16,7 @@ Floats = NDArray[np.float32]
 
 
 class ProjectedRows:
-    """A projection behind an LRU of its outputs, keyed by the vectors' bytes. Safe to share between threads."""
+    """A projection behind an LRU of its outputs, named by a hash of the vectors. Safe to share between threads."""
 
     def __init__(self, projection: nn.Module, width: int, like: Tensor, budget_bytes: int) -> None:
         """`like` gives the dtype and device of the outputs, `width` is D."""
@@ -28,7 +29,7 @@ class ProjectedRows:
 
     def __call__(self, vectors_KX: Floats) -> Tensor:
         """Return the projected vectors, (K, D)."""
-        names = [vector.tobytes() for vector in vectors_KX]
+        names = [hashlib.sha256(vector.tobytes()).digest() for vector in vectors_KX]
         first = {name: index for index, name in reversed(list(enumerate(names)))}
         if len(first) > self._shape[0]:
             return self._project(vectors_KX)

@@ -22,7 +22,9 @@ from models.segments import Segment, SlotKind
 
 Floats = NDArray[np.float32]
 
-CACHE_BYTES = 256 * 2**20  # some twenty thousand tokens of a 0.5B model: enough for a list that takes several forwards
+CACHE_BYTES = (
+    256 * 2**20
+)  # some twenty thousand tokens of a 0.5B model in bf16: several users' segments, for lists that take several forwards
 PROJECTED_BYTES = 64 * 2**20  # each projection's: 4,681 vectors of Qwen2-7B in fp32, the longest request several times
 
 
@@ -82,9 +84,9 @@ class ScoringModel:
             NotFiniteError: a score is not finite; names the group.
         """
         probabilities = [np.empty(len(group.pack.branches), np.float32) for group in groups]
-        parts = chain.from_iterable(map(_parts, groups, probabilities, repeat(max_tokens)))
-        for batch in _batches(parts, max_tokens):
-            self._forward(_shared_trunks(batch, self._identity))
+        parts = chain.from_iterable(map(self._parts, groups, probabilities, repeat(max_tokens)))
+        for trunks in _batches(parts, max_tokens):
+            self._forward(trunks)
         for index, scores in enumerate(probabilities):
             if not np.isfinite(scores).all():
                 raise NotFiniteError(f"group {index}: {int((~np.isfinite(scores)).sum())} scores are not finite")
@@ -93,6 +95,18 @@ class ScoringModel:
     def distil(self, prompts: Sequence[Segment], max_tokens: int = 4096) -> Floats:
         """Return the semantic vector of each prompt of Fig. 3, `(N, D)` fp32."""
         return self._packed.distil(prompts, max_tokens)
+
+    def _parts(self, group: ScoringGroup, probabilities_K: Floats, max_tokens: int) -> Iterator["_GroupPart"]:
+        """Yield a group's parts of at most `max_tokens`."""
+        trunk = group.pack.trunk
+        if any(branch.attach != len(trunk) for branch in group.pack.branches):
+            raise ValueError("a branch attaches inside the trunk; only `models.masked` computes that")
+        names = chunk_names(self._identity, trunk, [group.user_1C.tobytes()] * len(trunk.slots))
+        start = 0
+        for part in group.parts(max_tokens):
+            end = start + len(part.pack.branches)
+            yield _GroupPart(part, names, probabilities_K[start:end])
+            start = end
 
     def forget(self) -> None:
         """Forget what is kept of prompts and vectors: what follows is then equal to the bit, whatever came before."""
@@ -137,18 +151,26 @@ class ScoringModel:
 
 @dataclass(frozen=True, slots=True)
 class _GroupPart:
-    """A part of a group, and where its scores go."""
+    """A part of a group, its trunk's chunks' names in the cache, and where its scores go."""
 
     group: ScoringGroup
+    names: list[bytes]
     probabilities_K: Floats  # a view into the group's own
+
+    @property
+    def own_tokens(self) -> int:
+        return self.group.pack.tokens - len(self.group.pack.trunk)
 
 
 @dataclass(frozen=True, slots=True)
 class _Trunk:
-    """A trunk of one forward: its chunks' names in the cache, and the parts behind it."""
+    """A trunk of one forward, and the parts behind it: of one list, or of several requests of a user."""
 
-    names: list[bytes]
     parts: list[_GroupPart]
+
+    @property
+    def names(self) -> list[bytes]:
+        return self.parts[0].names
 
     @property
     def segment(self) -> Segment:
@@ -159,35 +181,17 @@ class _Trunk:
         return tuple(branch.segment for one in self.parts for branch in one.group.pack.branches)
 
 
-def _shared_trunks(parts: Iterable[_GroupPart], identity: str) -> list[_Trunk]:
-    """Put parts of equal text and equal vectors behind one trunk: two requests of a user, say."""
+def _batches(parts: Iterable[_GroupPart], max_tokens: int) -> Iterator[list[_Trunk]]:
+    """Fill forwards in order; parts of equal text and equal vectors share a trunk."""
     trunks: dict[bytes, _Trunk] = {}
-    for part in parts:
-        group = part.group
-        if any(branch.attach != len(group.pack.trunk) for branch in group.pack.branches):
-            raise ValueError("a branch attaches inside the trunk; only `models.masked` computes that")
-        names = chunk_names(identity, group.pack.trunk, [group.user_1C.tobytes()] * len(group.pack.trunk.slots))
-        trunks.setdefault(names[-1] if names else b"", _Trunk(names, [])).parts.append(part)
-    return list(trunks.values())
-
-
-def _batches(parts: Iterable[_GroupPart], max_tokens: int) -> Iterator[list[_GroupPart]]:
-    """Fill forwards in order."""
-    batch: list[_GroupPart] = []
     tokens = 0
     for part in parts:
-        if batch and tokens + part.group.pack.tokens > max_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(part)
-        tokens += part.group.pack.tokens
-    if batch:
-        yield batch
-
-
-def _parts(group: ScoringGroup, probabilities_K: Floats, max_tokens: int) -> Iterator[_GroupPart]:
-    start = 0
-    for part in group.parts(max_tokens):
-        end = start + len(part.pack.branches)
-        yield _GroupPart(part, probabilities_K[start:end])
-        start = end
+        key = part.names[-1] if part.names else b""
+        added = part.own_tokens if key in trunks else part.group.pack.tokens
+        if trunks and tokens + added > max_tokens:
+            yield list(trunks.values())
+            trunks, tokens, added = {}, 0, part.group.pack.tokens
+        trunks.setdefault(key, _Trunk([])).parts.append(part)
+        tokens += added
+    if trunks:
+        yield list(trunks.values())

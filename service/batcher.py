@@ -15,7 +15,16 @@ from models.features import Floats
 from models.packs import ScoringGroup
 from models.segments import Segment
 from service.admission import Admission
-from service.engines.protocol import DistilJob, Engine, EngineError, JobFailedError, ScoreJob
+from service.engines.protocol import (
+    DistilJob,
+    Engine,
+    EngineError,
+    EngineUnavailableError,
+    Job,
+    JobFailedError,
+    Outcome,
+    ScoreJob,
+)
 from service.pace import Pace
 from service.waiting import Entry, Waiting, batch_tokens, distil_entry, score_entry
 
@@ -75,14 +84,13 @@ class Batcher:
         """Tokens in the queue, not yet with the engine."""
         return self._waiting.tokens
 
-    def check(self, candidates: int, deadline: float) -> None:
+    def check(self, groups: int, candidates: int, deadline: float) -> None:
         """Refuse a request that has no chance, before anything is done for it: by its size, as sizes have been lately.
 
         Raises:
             QueueFullError: it would be refused.
         """
-        tokens = self._admission.likely_tokens(candidates)
-        self._admission.judge(tokens, deadline, self._busy_until(time.monotonic()))
+        self._judge(self._admission.usual_tokens(groups, candidates), deadline)
 
     async def score(
         self, groups: Sequence[ScoringGroup], deadline: float, *, admitted: bool = False
@@ -97,25 +105,42 @@ class Batcher:
             EngineError: the engine is gone, or a group failed.
         """
         parts = [list(group.parts(self._limits.batch_tokens)) for group in groups]
-        jobs = [ScoreJob(next(self._ids), deadline, part) for group_parts in parts for part in group_parts]
-        tokens = sum(job.group.pack.tokens for job in jobs)
-        self._admission.remember(tokens, candidates=sum(len(group.pack.branches) for group in groups))
-        values, waited = await self._run([score_entry(job) for job in jobs], deadline, admitted)
+        entries = [
+            score_entry(ScoreJob(next(self._ids), deadline, part), first=index == 0)
+            for group_parts in parts
+            for index, part in enumerate(group_parts)
+        ]
+        self._admission.remember(groups)
+        if not admitted:
+            self._judge(sum(entry.tokens for entry in entries), deadline)
+        values, waited = await self._run(entries, deadline)
         computed = iter(values)
         return [np.concatenate([next(computed) for _ in group_parts]) for group_parts in parts], waited
 
-    async def distil(self, prompts: Sequence[Segment], deadline: float) -> tuple[Floats, Waited]:
-        """Return each prompt's semantic vector, `(N, D)`; raises like `score`."""
+    async def distil(
+        self, prompts: Sequence[Segment], deadline: float, *, then: tuple[int, int] = (0, 0)
+    ) -> tuple[Floats, Waited]:
+        """Return each prompt's semantic vector, `(N, D)`; raises like `score`.
+
+        `then` says how many groups and candidates the request will score with them: it is admitted with both or not.
+        """
         chunks = _chunks(prompts, self._limits.batch_tokens)
-        jobs = [DistilJob(next(self._ids), deadline, chunk) for chunk in chunks]
-        values, waited = await self._run([distil_entry(job) for job in jobs], deadline, admitted=False)
+        entries = [distil_entry(DistilJob(next(self._ids), deadline, chunk)) for chunk in chunks]
+        later = self._admission.usual_tokens(*then)
+        self._judge(sum(entry.tokens for entry in entries) + later, deadline)
+        self._admission.reserved += later
+        try:
+            values, waited = await self._run(entries, deadline)
+        finally:
+            self._admission.reserved -= later
         return np.concatenate(values), waited
 
-    async def _run(self, entries: Sequence[Entry], deadline: float, admitted: bool) -> tuple[list[Floats], Waited]:
-        tokens = sum(entry.tokens for entry in entries)
-        if not admitted:
-            self._admission.judge(tokens, deadline, self._busy_until(time.monotonic()))
-        self._enqueue(entries, tokens)
+    def _judge(self, tokens: int, deadline: float) -> None:
+        self._drop_what_ended()
+        self._admission.judge(tokens, deadline, self._busy_until(time.monotonic()))
+
+    async def _run(self, entries: Sequence[Entry], deadline: float) -> tuple[list[Floats], Waited]:
+        self._enqueue(entries, deadline)
         try:
             outcomes = await asyncio.gather(*(entry.outcome for entry in entries))
         finally:
@@ -128,8 +153,9 @@ class Batcher:
         enqueued = min((entry.enqueued for entry in entries), default=now)
         return [one for one in outcomes if not isinstance(one, EngineError)], Waited(first - enqueued, now - first)
 
-    def _enqueue(self, entries: Sequence[Entry], tokens: int) -> None:
-        due = self._admission.due(tokens, time.monotonic())
+    def _enqueue(self, entries: Sequence[Entry], deadline: float) -> None:
+        tokens = sum(entry.tokens for entry in entries)
+        due = self._admission.due(tokens, deadline, time.monotonic())
         for entry in entries:
             entry.due = due
             self._waiting.add(entry)
@@ -189,10 +215,12 @@ class Batcher:
         """Whether the next batch should stay open: the engine is busy, so waiting for company costs nothing yet."""
         now = time.monotonic()
         left = self._busy_until(now) - self._limits.ahead_s - now
+        if self._timer is not None:  # what was expected when it was set may have changed
+            self._timer.cancel()
+            self._timer = None
         if left <= 0:
             return False
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(left, self._soon_free)
+        self._timer = asyncio.get_running_loop().call_later(left, self._soon_free)
         return True
 
     def _soon_free(self) -> None:
@@ -225,20 +253,24 @@ class Batcher:
 
         No error leaves this task, or its requests would hang.
         """
-        jobs = [entry.job for entry in batch]
+        outcomes: list[Outcome] = []
         try:
-            if isinstance(jobs[0], ScoreJob):
-                outcomes = await self._engine.score([job for job in jobs if isinstance(job, ScoreJob)])
-            else:
-                outcomes = await self._engine.distil([job for job in jobs if isinstance(job, DistilJob)])
+            outcomes = await self._ask([entry.job for entry in batch])
         except EngineError as error:
             outcomes = [error] * len(batch)
         except Exception as error:
             outcomes = [JobFailedError(f"{type(error).__name__}: {error}")] * len(batch)
-        for entry, outcome in zip(batch, outcomes, strict=True):
-            if not entry.outcome.done():
-                entry.outcome.set_result(outcome)
-        return not any(isinstance(outcome, EngineError) for outcome in outcomes)
+        finally:  # an engine that was cancelled, or forgot some, has failed the rest
+            given = outcomes + [EngineUnavailableError("the engine gave no outcome")] * (len(batch) - len(outcomes))
+            for entry, outcome in zip(batch, given, strict=False):
+                if not entry.outcome.done():
+                    entry.outcome.set_result(outcome)
+        return len(outcomes) == len(batch) and not any(isinstance(outcome, EngineError) for outcome in outcomes)
+
+    async def _ask(self, jobs: Sequence[Job]) -> list[Outcome]:
+        if isinstance(jobs[0], ScoreJob):
+            return await self._engine.score([job for job in jobs if isinstance(job, ScoreJob)])
+        return await self._engine.distil([job for job in jobs if isinstance(job, DistilJob)])
 
 
 def _chunks(prompts: Sequence[Segment], max_tokens: int) -> Iterator[tuple[Segment, ...]]:

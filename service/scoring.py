@@ -82,7 +82,7 @@ async def score(
         QueueFullError, DeadlineExceededError, EngineError: no score, and no fault of the request.
     """
     template = handle.assembler.template
-    handle.batcher.check(sum(len(question.candidates) for question in questions), deadline)
+    handle.batcher.check(*_size(questions), deadline)
     with timings.leg("lookup"):
         found = await handle.store.look_up(handle.bundle_id, query(questions, template))
     resolved, skipped = resolve(questions, found, template, on_unknown)
@@ -91,6 +91,11 @@ async def score(
         prompts = await _assemble(resolved, found.users, handle.assembler)
     raw = await _compute([one.group for one in prompts if one.group is not None], handle, deadline, timings)
     return _answers(prompts, raw, handle), skipped
+
+
+def _size(questions: Sequence[Question]) -> tuple[int, int]:
+    """Return how many groups and how many candidates questions make."""
+    return len(questions), sum(len(question.candidates) for question in questions)
 
 
 async def _distil_unknown(
@@ -109,7 +114,8 @@ async def _distil_unknown(
         return list(resolved)
     with timings.leg("assemble"):
         prompts = await asyncio.to_thread(lambda: [template.distil(handle.assembler.title(title)) for title in titles])
-    vectors_ND, waited = await handle.batcher.distil(prompts, deadline)
+    then = _size([one.question for one in resolved])
+    vectors_ND, waited = await handle.batcher.distil(prompts, deadline, then=then)
     timings.add(waited)
     semantic = dict(zip(titles, vectors_ND, strict=True))
 

@@ -78,10 +78,10 @@ class Settings(BaseSettings):
         description="Batches handed to the engine at once. Two: one computes while the next crosses to the worker.",
     )
     queue_tokens: int = Field(
-        default=32768,
+        default=131_072,
         ge=64,
-        description="Tokens that may wait, sixteen full batches; more are refused at once. An empty queue takes any"
-        " one request.",
+        description="Tokens that may wait, whatever the deadlines: several requests of a thousand candidates. What"
+        " could not be scored in time is refused before that. An empty queue takes any one request.",
     )
     default_timeout_ms: int = Field(
         default=30_000,

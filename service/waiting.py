@@ -14,32 +14,34 @@ class Entry:
     """One job in the queue or at the engine."""
 
     job: Job
-    tokens: int
+    tokens: int  # what is expected to be computed for it
     trunk: int  # equal for jobs whose trunk is computed once when they share a batch
-    own_tokens: int  # what the job adds to a batch that holds its trunk already
+    trunk_tokens: int
+    own_tokens: int
     outcome: asyncio.Future[Outcome]
     due: float = 0.0  # the order: arrival, later by a multiple of the whole request's work
     enqueued: float = field(default_factory=time.monotonic)
     dispatched: float | None = None
 
 
-def score_entry(job: ScoreJob) -> Entry:
-    """Return a group's entry; to be called on the event loop."""
+def score_entry(job: ScoreJob, *, first: bool) -> Entry:
+    """Return the entry of a group's part, to be called on the event loop; the `first` computes the trunk for all."""
     pack = job.group.pack
     # A hash: two trunks taken for one would make a batch a little longer than meant, and change no score.
     trunk = hash((pack.trunk.token_ids, job.group.user_1C.tobytes()))
     own = pack.tokens - len(pack.trunk)
-    return Entry(job, pack.tokens, trunk, own, asyncio.get_running_loop().create_future())
+    tokens = pack.tokens if first else own
+    return Entry(job, tokens, trunk, len(pack.trunk), own, asyncio.get_running_loop().create_future())
 
 
 def distil_entry(job: DistilJob) -> Entry:
     """Return the entry of titles to distil; to be called on the event loop."""
     tokens = sum(map(len, job.prompts))
-    return Entry(job, tokens, 0, tokens, asyncio.get_running_loop().create_future())
+    return Entry(job, tokens, 0, 0, tokens, asyncio.get_running_loop().create_future())
 
 
 def batch_tokens(batch: Sequence[Entry]) -> int:
-    """Return how many tokens a batch computes if the engine knows nothing of it yet."""
+    """Return how many tokens a batch is expected to compute."""
     seen: set[int] = set()
     tokens = 0
     for entry in batch:
@@ -78,9 +80,9 @@ class Waiting:
         kin = [entry for entry in self._entries[1:] if type(entry.job) is type(head.job)]
         # Stable, so that each half stays in order.
         kin.sort(key=lambda entry: entry.trunk != head.trunk)
-        batch, tokens, trunks = [head], head.tokens, {head.trunk}
+        batch, tokens, trunks = [head], head.trunk_tokens + head.own_tokens, {head.trunk}
         for entry in kin:
-            added = entry.own_tokens if entry.trunk in trunks else entry.tokens
+            added = entry.own_tokens + (0 if entry.trunk in trunks else entry.trunk_tokens)
             if tokens + added <= max_tokens:
                 batch.append(entry)
                 tokens += added

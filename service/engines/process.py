@@ -74,8 +74,12 @@ class WorkerProcess:
         self._process.close()
 
     def _write(self, message: object) -> None:
-        with suppress(OSError):
+        try:
             self._pipe.send(message)
+        except OSError:
+            pass  # the reader notices
+        except Exception as error:  # a message that cannot be sent would never be answered
+            self.abort(f"a message could not be sent: {error}")
 
     def _read(self) -> None:
         message: object | None = None
@@ -83,6 +87,9 @@ class WorkerProcess:
             try:
                 message = self._pipe.recv()
             except (EOFError, OSError):
+                message = None
+            except Exception as error:  # what cannot be read may have been any answer
+                self.abort(f"a message could not be read: {error}")
                 message = None
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 self._loop.call_soon_threadsafe(self._inbox.put_nowait, message)

@@ -137,7 +137,12 @@ class SupervisedEngine:
     async def _run_one_worker(self) -> str:
         """Run a worker from its start to its end; return why it ended."""
         started = time.monotonic()
-        self._worker = worker = await WorkerProcess.start(self._source)
+        try:
+            self._worker = worker = await WorkerProcess.start(self._source)
+        except OSError as error:  # no process, memory or file handle to be had just now
+            reason = f"the worker could not be started: {error}"
+            self._state, self._detail = EngineState.RESTARTING, reason
+            return reason
         try:
             try:
                 async with asyncio.timeout(self._supervision.load_limit_s):

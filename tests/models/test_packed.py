@@ -114,6 +114,21 @@ def test_equal_trunks_of_a_forward_are_computed_once() -> None:
     assert packed.counts.tokens == one.pack.tokens + both.pack.tokens - len(one.pack.trunk)
 
 
+def test_requests_of_one_user_fill_one_forward() -> None:
+    one = group(1, 3, 20)
+    packed = model(cache_bytes=0)
+    packed.score([one] * 6, max_tokens=len(one.pack.trunk) + 7 * (one.pack.tokens - len(one.pack.trunk)))
+    assert packed.counts.forwards == 1
+
+
+def test_a_group_says_what_it_lacks() -> None:
+    one = group(1, 3, 2)
+    with pytest.raises(ValueError, match="item_KC: float32 of shape"):
+        replace(one, item_KC=one.item_KC[:2])
+    with pytest.raises(ValueError, match="need float32"):
+        replace(one, user_1C=one.user_1C.astype(">f4"))
+
+
 def test_a_long_list_computes_its_user_segment_once() -> None:
     one = group(1, 120, 20)
     packed = model()

@@ -1,5 +1,6 @@
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from models.packs import Branch, Pack, ScoringGroup
 from models.segments import Segment
 from service.admission import QueueFullError
 from service.batcher import Batcher, BatchLimits, DeadlineExceededError
-from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, ScoreJob
+from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, Outcome, ScoreJob
 from tests.service.echo import EchoEngine, echo_scores
 
 pytestmark = pytest.mark.anyio
@@ -42,7 +43,8 @@ class Queue:
         self.batcher = Batcher(engine, limits, on_queue=self._count)
 
     def measured(self, seconds_a_token: float) -> None:
-        self.batcher._pace.record(100, 100 * seconds_a_token)
+        for tokens in (50, 100, 150):
+            self.batcher._pace.record(tokens, tokens * seconds_a_token)
 
     def _count(self, tokens: int) -> None:
         self.gauge += tokens
@@ -189,8 +191,8 @@ async def test_a_request_that_would_be_late_is_refused_at_once(echo: EchoEngine)
     admitted = [queue.score(group(seed=seed)) for seed in range(3)]
     await turns()
     with pytest.raises(QueueFullError, match="late") as refusal:
-        await queue.score(group(), deadline=later(4.0))
-    assert refusal.value.retry_after_s == 3  # 6 s of work, 80 % of 4 s left
+        await queue.score(group(30), deadline=later(8.0))
+    assert refusal.value.retry_after_s == 15  # 1.5 s at the engine, 3 s waiting, 16 s of its own; 80 % of 8 s left
     admitted.append(queue.score(group(), deadline=later(10.0)))
     await turns()
     echo.gate.set()
@@ -215,12 +217,12 @@ async def test_a_request_without_a_chance_is_refused_before_anything_is_done_for
     echo.gate.clear()
     queue = Queue(echo)
     queue.measured(seconds_a_token=0.1)
-    queue.batcher.check(1000, later(0.1))  # the queue is empty
+    queue.batcher.check(1, 1000, later(0.1))  # nothing waits or runs
     admitted = [queue.score(group(seed=seed)) for seed in range(3)]
     await turns()
-    queue.batcher.check(10, later(100.0))
+    queue.batcher.check(1, 10, later(100.0))
     with pytest.raises(QueueFullError):
-        queue.batcher.check(10, later(3.0))
+        queue.batcher.check(1, 10, later(3.0))
     echo.gate.set()
     await asyncio.gather(*admitted)
 
@@ -237,6 +239,65 @@ async def test_a_request_that_was_partly_computed_is_not_refused(echo: EchoEngin
     [scores], _ = await again
     np.testing.assert_array_equal(scores, echo_scores(group()))
     await asyncio.gather(*admitted)
+
+
+async def test_lists_are_not_judged_by_the_user_segments_of_single_candidates(echo: EchoEngine) -> None:
+    queue = Queue(echo, BatchLimits(32_768, 2048, ahead_s=0.0, in_flight=1))
+    for seed in range(3):
+        await queue.score(group(1, trunk=500, own=20, seed=seed))
+    echo.gate.clear()
+    waiting = [queue.score(group(1, trunk=500, own=20, seed=seed)) for seed in range(2)]
+    await turns()
+    queue.batcher.check(1, 200, later(600))
+    echo.gate.set()
+    await asyncio.gather(*waiting)
+
+
+async def test_titles_are_admitted_with_the_list_that_follows_them_or_not_at_all(echo: EchoEngine) -> None:
+    queue = Queue(echo)
+    await queue.score(group(10))  # candidates are of five tokens, behind ten
+    echo.gate.clear()
+    running = queue.score(group())
+    await turns()
+    titles = [asyncio.create_task(queue.batcher.distil([Segment((1,) * 5)], later(), then=(1, 90))) for _ in range(2)]
+    await turns()
+    with pytest.raises(QueueFullError):
+        await queue.batcher.distil([Segment((1,) * 5)], later(), then=(1, 90))
+    echo.gate.set()
+    await asyncio.gather(running, *titles)
+    await queue.batcher.distil([Segment((1,) * 5)], later(), then=(1, 90))
+
+
+async def test_a_list_counts_its_user_segment_once(echo: EchoEngine) -> None:
+    echo.gate.clear()
+    queue = Queue(echo)
+    running = queue.score(group())
+    await turns()
+    long = queue.score(group(40, trunk=50))
+    await turns()
+    assert queue.gauge == 50 + 40 * 5
+    echo.gate.set()
+    await asyncio.gather(running, long)
+    assert queue.gauge == 0
+
+
+@pytest.mark.parametrize("fault", ["too few", "cancelled"])
+async def test_an_engine_that_forgets_a_job_hangs_nobody(
+    echo: EchoEngine, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    score = echo.score
+
+    async def forgetful(jobs: Sequence[ScoreJob]) -> list[Outcome]:
+        if fault == "cancelled":
+            raise asyncio.CancelledError
+        return (await score(jobs))[:-1]
+
+    monkeypatch.setattr(echo, "score", forgetful)
+    queue = Queue(echo)
+    for _ in range(2):
+        async with asyncio.timeout(1):
+            with pytest.raises(EngineUnavailableError):
+                await queue.score(group())
 
 
 async def test_nothing_is_admitted_that_makes_an_admitted_request_late(echo: EchoEngine) -> None:
