@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from models.segments import Segment
+from service.engines.process import WorkerProcess
 from service.engines.protocol import (
     DistilJob,
     EngineBrokenError,
@@ -124,3 +125,31 @@ async def test_closing_while_the_worker_starts_leaves_nothing() -> None:
     pid = engine.worker_pid
     await engine.close()
     assert pid is None or not alive(pid)
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refusals = WorkerProcess.start, [OSError(11, "no process to be had")]
+
+    async def sometimes(source: ObedientSource) -> WorkerProcess:
+        if refusals:
+            raise refusals.pop()
+        return await start(source)
+
+    monkeypatch.setattr(WorkerProcess, "start", sometimes)
+    engine = SupervisedEngine(ObedientSource(), LIMITS, structlog.get_logger())
+    await engine.start()
+    await until_ready(engine)
+    assert engine.health().restarts == 1
+    await engine.close()
+
+
+async def test_a_message_that_cannot_be_sent_fails_its_job_and_hangs_nobody() -> None:
+    engine = SupervisedEngine(ObedientSource(), LIMITS, structlog.get_logger())
+    await engine.start()
+    await engine.ready()
+    unsendable = DistilJob(1, time.monotonic() + 60, (lambda: None,))  # type: ignore[arg-type]
+    async with asyncio.timeout(30):
+        with pytest.raises(EngineUnavailableError):
+            await engine.distil([unsendable])
+    await until_ready(engine)
+    await engine.close()
