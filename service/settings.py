@@ -65,11 +65,11 @@ class Settings(BaseSettings):
         " hold about 250 users of Qwen2-0.5B, 50 of Qwen2-7B; 0 keeps none.",
     )
     batch_ahead_ms: float = Field(
-        default=5.0,
+        default=20.0,
         ge=0,
         le=1000,
         description="How long before the engine is expected to be free its next batch is closed and sent. Until then it"
-        " takes more requests; crossing to the worker takes a millisecond or two.",
+        " takes more requests. More than the crossing to the worker takes, because the end is an estimate.",
     )
     batches_in_flight: int = Field(
         default=2,

@@ -3,9 +3,12 @@
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -151,10 +154,18 @@ def _wait(device: str) -> None:
 
 
 def _peak_memory(device: str) -> int:
+    """Return the most that this process and its children have held, each at its own worst moment."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return 1024 * (own + children)
+    own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return own + sum(_peak_of(child.pid) for child in psutil.Process().children(recursive=True))
+
+
+def _peak_of(pid: int) -> int:
+    with suppress(FileNotFoundError, StopIteration):  # gone, or going
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return 0
 
 
 def cases(shapes: Sequence[PromptShape], candidates: Sequence[int], caches: Sequence[str]) -> list[Case]:
