@@ -66,15 +66,16 @@ def _measure_all(job: Job, model: ModelShape, scorer: Scorer) -> None:
     caches = ["cold"] if job.scorer in ("reference", "naive") else ["cold", "warm"]
     # The reference is there to compare scores with, and naive batches do for that where it is slow.
     longest = job.longest / 4 if job.scorer == "reference" else job.longest
-    slowest: Row | None = None
+    largest: dict[str, Row] = {}  # the last case of each shape: what a larger one is estimated by
     with Path(job.out).open("w") as out:
         for case in cases(shapes, job.candidates, caches):
-            expected = 0.0 if slowest is None else case.candidates / slowest.candidates_per_second
+            before = largest.get(case.shape.name)
+            expected = 0.0 if before is None else case.candidates / before.candidates_per_second
             if expected > longest:
                 print(f"{job.scorer}, {case.candidates} candidates: left out, a request takes about {expected:.0f} s")
                 continue
-            slowest = measurer.measure(case)
-            out.write(json.dumps({**slowest.as_json(), "scores": slowest.scores}) + "\n")
+            largest[case.shape.name] = row = measurer.measure(case)
+            out.write(json.dumps({**row.as_json(), "scores": row.scores}) + "\n")
             out.flush()
 
 
