@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -157,6 +156,8 @@ def _peak_memory(device: str) -> int:
     """Return the most that this process and its children have held, each at its own worst moment."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    import psutil  # here, because a lent GPU machine needs torch and transformers alone
+
     own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return own + sum(_peak_of(child.pid) for child in psutil.Process().children(recursive=True))
 
