@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from service.engines.vllm_config import CoreConfig
-from service.engines.vllm_core import VllmCore
-from service.engines.vllm_prompts import PromptWriter
 
 from loadtests.bench.shapes import NO, YES, ModelShape
 from loadtests.bench.weights import load_projections
 from models.backbone import DTYPES
 from models.packs import ScoringGroup
 from models.tokens import AnswerTokens
+from service.engines.vllm_config import CoreConfig
+from service.engines.vllm_core import VllmCore
+from service.engines.vllm_prompts import PromptWriter
 
 KV_GIB = 4.0  # more users than a run has, so that a warm one is still there
 FORWARD_LIMIT_S = 600.0
