@@ -52,7 +52,7 @@ bench-gpu:
 	$(PYTHON) -m loadtests.bench --device cuda --models qwen2-7b --scorers naive packed packed-compiled packed-fp8 \
 		--out docs/results/gpu $(BENCH)
 
-test: $(VENV)/.installed
+test: $(VENV)/.load-installed
 	$(BIN)/python -m pytest tests
 
 $(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt

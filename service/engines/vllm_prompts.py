@@ -43,7 +43,6 @@ class PromptWriter:
 
         Raises:
             ArithmeticError: a vector is not finite. In vLLM's cache it would spoil other prompts.
-            ValueError: not one item and one semantic vector a candidate.
         """
         user_1D = self._projections.collab(torch.from_numpy(group.user_1C)).to(self._dtype)
         item_KD = self._projections.collab(torch.from_numpy(group.item_KC)).to(self._dtype)
@@ -51,12 +50,9 @@ class PromptWriter:
         for name, vectors in (("user", user_1D), ("item", item_KD), ("semantic", warm_KD)):
             if not vectors.isfinite().all():
                 raise ArithmeticError(f"a projected {name} vector is not finite")
-        branches = group.pack.branches
-        if not len(item_KD) == len(warm_KD) == len(branches):
-            raise ValueError(f"{len(branches)} candidates but {len(item_KD)} item and {len(warm_KD)} semantic vectors")
         trunk = group.pack.trunk
         prompts = []
-        for item_D, warm_D, branch in zip(item_KD, warm_KD, branches, strict=True):
+        for item_D, warm_D, branch in zip(item_KD, warm_KD, group.pack.branches, strict=True):
             rows = {SlotKind.USER: user_1D[0], SlotKind.ITEM: item_D, SlotKind.WARM: warm_D}
             shared = tuple((kind, index) for kind, index in trunk.slots if index < branch.attach)
             prompt = Segment(trunk.token_ids[: branch.attach], shared) + branch.segment

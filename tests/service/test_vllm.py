@@ -84,12 +84,10 @@ def test_a_zero_vector_puts_the_slots_into_the_salt(group: ScoringGroup) -> None
     assert {prompt.cache_salt for prompt in writer.write(replace(zero, user_1C=wide[:1]))} == {"weights"}
 
 
-def test_vectors_that_are_not_finite_or_missing_are_refused(group: ScoringGroup, projections: Projections) -> None:
+def test_vectors_that_are_not_finite_are_refused(group: ScoringGroup, projections: Projections) -> None:
     writer = PromptWriter(projections, torch.float32, "weights")
     with pytest.raises(ArithmeticError, match="user vector is not finite"):
         writer.write(replace(group, user_1C=group.user_1C * np.float32("inf")))
-    with pytest.raises(ValueError, match="3 candidates but 3 item and 2 semantic"):
-        writer.write(replace(group, semantic_KD=group.semantic_KD[:-1]))
 
 
 def test_settings_become_vllms_arguments(bundle: Bundle, assembler: Assembler, tmp_path: Path) -> None:
@@ -122,7 +120,7 @@ def test_the_longest_prompt_that_the_template_allows_fits(bundle: Bundle, assemb
 
 
 def test_merged_weights_are_saved_whole_and_once(bundle: Bundle, model: ScoringModel, tmp_path: Path) -> None:
-    source = MergedSource(PackedSource(bundle.folder, bundle.id, "cpu", 1, 1024), tmp_path / "deep" / "weights")
+    source = MergedSource(PackedSource(bundle.folder, bundle.id, "cpu", 1, 1024, 0), tmp_path / "deep" / "weights")
     assert isinstance(source.open(), PackedModel)
     saved = {path.name: path.stat().st_mtime_ns for path in source.weights.iterdir()}
     assert "config.json" in saved and "model.safetensors" in saved

@@ -43,7 +43,7 @@ async def test_a_bad_job_fails_alone(engine: VllmEngine, group: ScoringGroup, ex
     bad = [
         replace(group, user_1C=group.user_1C * np.float32("nan")),
         replace(group, item_KC=group.item_KC[:, :-1]),
-        replace(group, semantic_KD=group.semantic_KD[:-1]),
+        replace(group, semantic_KD=group.semantic_KD[:, :-1]),
         replace(group, pack=Pack(long, tuple(Branch(len(long), one.segment) for one in group.pack.branches))),
         replace(group, pack=Pack(Segment((10**6,)), tuple(replace(one, attach=1) for one in group.pack.branches))),
     ]
