@@ -88,11 +88,9 @@ class PackedLayout:
         for span, trunk in zip(self.spans, self.keep(key, value), strict=True):
             out[:, :, span.new] = _attend_new(query[:, :, span.new], trunk, scale)
             mine = slice(span.branches.start - self.trunk_tokens, span.branches.stop - self.trunk_tokens)
-            if trunk.shape[2]:
-                shared, lse = attend(query[:, :, span.branches], trunk[:1], trunk[1:], scale=scale)
-                out[:, :, span.branches] = merge(shared, lse, own[:, :, mine], own_lse[:, :, mine])
-            else:
-                out[:, :, span.branches] = own[:, :, mine]
+            out[:, :, span.branches] = add_shared(
+                own[:, :, mine], own_lse[:, :, mine], query[:, :, span.branches], trunk, scale
+            )
         return out
 
     def keep(self, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -149,12 +147,18 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
+def add_shared(own: Tensor, own_lse: Tensor, query: Tensor, shared: Tensor, scale: float) -> Tensor:
+    """Return attention over one's own tokens, known already, and over shared keys and values, (2, J, P, E)."""
+    if not shared.shape[2]:
+        return own
+    return merge(own, own_lse, *attend(query, shared[:1], shared[1:], scale=scale))
+
+
 def _attend_new(query: Tensor, trunk: Tensor, scale: float) -> Tensor:
     """Let a trunk's new tokens, its last, attend to each other, causally, and to all that came before them."""
     count, known = query.shape[2], trunk.shape[2] - query.shape[2]
     if not count:
         return query
-    out, lse = attend(query, trunk[:1, :, known:], trunk[1:, :, known:], scale=scale, causal=True)
-    if not known:
-        return out
-    return merge(out, lse, *attend(query, trunk[:1, :, :known], trunk[1:, :, :known], scale=scale))
+    new = trunk[:, :, known:]
+    out, lse = attend(query, new[:1], new[1:], scale=scale, causal=True)
+    return add_shared(out, lse, query, trunk[:, :, :known], scale)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention import PackedLayout
-from models.kernels import attend, merge
+from models.attention import PackedLayout, add_shared
 
 
 class KeysKeptError(Exception):
@@ -60,11 +59,9 @@ class AnswersOnly:
         start = 0
         for span, trunk in zip(self.packed.spans, self.packed.keep(self.key, self.value), strict=True):
             answers = slice(start, start := start + span.answers)
-            if trunk.shape[2]:
-                shared, lse = attend(query[:, :, answers], trunk[:1], trunk[1:], scale=scale)
-                out[:, :, answers] = merge(shared, lse, own[:, :, answers], own_lse[:, :, answers])
-            else:
-                out[:, :, answers] = own[:, :, answers]
+            out[:, :, answers] = add_shared(
+                own[:, :, answers], own_lse[:, :, answers], query[:, :, answers], trunk, scale
+            )
         return out
 
     def _attend_own(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -17,16 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from models.attention import NAME, OwnTokens, PackedLayout, TrunkSpan
 from models.backbone import Backbone, BackboneError
 from models.fp8 import use_fp8
 from models.last_layer import LastLayer
-from models.segments import Segment, SlotKind
-
-Floats = NDArray[np.float32]
+from models.packs import Floats
+from models.segments import Segment, SlotKind, fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +128,11 @@ class PackedModel:
         """Return the last hidden state of each prompt, `(N, D)` fp32: an item's semantic vector (Fig. 3)."""
         out = np.empty((len(prompts), self._backbone.d_model), np.float32)
         start = 0
-        while start < len(prompts):
-            end, tokens = start + 1, len(prompts[start])
-            while end < len(prompts) and tokens + len(prompts[end]) <= max_tokens:
-                tokens += len(prompts[end])
-                end += 1
-            row = Row.of([Part(Segment(()), tuple(prompts[start:end]))], self._backbone.device)
-            embeds_TD = self._backbone.embed(row.token_ids_T)
-            out[start:end] = self.hidden(row, embeds_TD).float().cpu().numpy()
-            start = end
+        for together in fill(prompts, max_tokens):
+            row = Row.of([Part(Segment(()), together)], self._backbone.device)
+            hidden_KD = self.hidden(row, self._backbone.embed(row.token_ids_T))
+            out[start : start + len(together)] = hidden_KD.float().cpu().numpy()
+            start += len(together)
         return out
 
 

@@ -9,10 +9,9 @@ from threading import Lock
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Floats = NDArray[np.float32]
+from models.packs import Floats
 
 
 class ProjectedRows:

@@ -9,18 +9,15 @@ from itertools import chain, repeat
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from models.backbone import Backbone
 from models.packed import PackedModel, Part, Row, computed_of
-from models.packs import ScoringGroup
+from models.packs import Floats, ScoringGroup
 from models.prefix_cache import CacheCounts, PrefixCache, chunk_names
 from models.projected import ProjectedRows
 from models.projection import Projections
 from models.segments import Segment, SlotKind
-
-Floats = NDArray[np.float32]
 
 CACHE_BYTES = (
     256 * 2**20

@@ -1,5 +1,6 @@
 """Tokens with slots: what prompts are made of."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,3 +27,17 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+def fill(prompts: Sequence[Segment], max_tokens: int) -> Iterator[tuple[Segment, ...]]:
+    """Yield the prompts in order, as many together as `max_tokens` hold; a longer one stands alone."""
+    together: list[Segment] = []
+    tokens = 0
+    for prompt in prompts:
+        if together and tokens + len(prompt) > max_tokens:
+            yield tuple(together)
+            together, tokens = [], 0
+        together.append(prompt)
+        tokens += len(prompt)
+    if together:
+        yield tuple(together)

@@ -6,14 +6,14 @@ Shapes: K candidates of a group, N prompts, D = d_L.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from models.features import Floats
 from models.packs import ScoringGroup
-from models.segments import Segment
+from models.segments import Segment, fill
 from service.admission import Admission
 from service.engines.protocol import (
     DistilJob,
@@ -124,7 +124,7 @@ class Batcher:
 
         `then` says how many groups and candidates the request will score with them: it is admitted with both or not.
         """
-        chunks = _chunks(prompts, self._limits.batch_tokens)
+        chunks = fill(prompts, self._limits.batch_tokens)
         entries = [distil_entry(DistilJob(next(self._ids), deadline, chunk)) for chunk in chunks]
         later = self._admission.usual_tokens(*then)
         self._judge(sum(entry.tokens for entry in entries) + later, deadline)
@@ -271,16 +271,3 @@ class Batcher:
         if isinstance(jobs[0], ScoreJob):
             return await self._engine.score([job for job in jobs if isinstance(job, ScoreJob)])
         return await self._engine.distil([job for job in jobs if isinstance(job, DistilJob)])
-
-
-def _chunks(prompts: Sequence[Segment], max_tokens: int) -> Iterator[tuple[Segment, ...]]:
-    chunk: list[Segment] = []
-    tokens = 0
-    for prompt in prompts:
-        if chunk and tokens + len(prompt) > max_tokens:
-            yield tuple(chunk)
-            chunk, tokens = [], 0
-        chunk.append(prompt)
-        tokens += len(prompt)
-    if chunk:
-        yield tuple(chunk)
