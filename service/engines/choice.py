@@ -13,10 +13,11 @@ from models.loading import Bundle
 from models.packs import ScoringGroup
 from models.template import PromptKind, Template, Title
 from models.tokens import AnswerTokens
+from service.engines.lifecycle import Supervision
 from service.engines.merged import MergedSource
 from service.engines.packed import WARM_UP_CANDIDATES, PackedSource
 from service.engines.protocol import Engine
-from service.engines.supervised import SupervisedEngine, Supervision
+from service.engines.supervised import SupervisedEngine
 from service.engines.vllm import VllmEngine
 from service.engines.vllm_config import CoreConfig
 from service.engines.vllm_prompts import PromptWriter

@@ -3,25 +3,24 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import structlog
 import torch
 
 from models.features import Floats
 from models.packs import ScoringGroup
+from service.engines.lifecycle import Lifecycle, Supervision
 from service.engines.protocol import (
     DistilJob,
     EngineBrokenError,
     EngineHealth,
-    EngineState,
     EngineUnavailableError,
     JobDroppedError,
     JobFailedError,
     Outcome,
     ScoreJob,
 )
-from service.engines.supervised import SupervisedEngine, Supervision
+from service.engines.supervised import SupervisedEngine
 from service.engines.vllm_config import CoreConfig
 from service.engines.vllm_core import VllmCore
 from service.engines.vllm_prompts import PromptWriter
@@ -49,21 +48,14 @@ class VllmEngine:
         self._distiller = distiller
         self._warm_up = warm_up
         self._supervision = supervision
-        self._log = log
-        self._on_restart = on_restart
-        self._state = EngineState.STARTING
-        self._detail = "loading the model"
-        self._restarts = 0
+        self._lifecycle = Lifecycle(supervision, log, on_restart)
         self.core: VllmCore | None = None  # the run of vLLM that starts or serves
         self._computing: dict[int, asyncio.Task[Floats]] = {}
-        self._ready: asyncio.Future[None] | None = None
-        self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin loading and return at once."""
-        self._ready = asyncio.get_running_loop().create_future()
         await self._distiller.start()
-        self._task = asyncio.create_task(self._supervise(), name="vLLM supervisor")
+        self._lifecycle.start(self._run_one_core, "vLLM supervisor")
 
     async def ready(self) -> None:
         """Return when both models are loaded and warmed up for the first time.
@@ -71,8 +63,7 @@ class VllmEngine:
         Raises:
             EngineBrokenError: they never will be.
         """
-        assert self._ready is not None, "start() comes first"
-        await asyncio.shield(self._ready)
+        await self._lifecycle.ready()
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
         """Return each group's raw probabilities, fp32, `(K,)`."""
@@ -93,26 +84,20 @@ class VllmEngine:
 
     def health(self) -> EngineHealth:
         """Return where the engine stands. It is ready without its distiller, for ids of the catalogue need none."""
-        beside = self._distiller.health()
-        detail = self._detail
-        if self._state is EngineState.READY and not beside.ready:
+        own, beside = self._lifecycle.health(), self._distiller.health()
+        detail = own.detail
+        if own.ready and not beside.ready:
             detail = f"ready, but titles outside the catalogue wait: {beside.detail}"
-        return EngineHealth(self._state, detail, self._restarts + beside.restarts)
+        return EngineHealth(own.state, detail, own.restarts + beside.restarts)
 
     async def close(self) -> None:
         """Kill both engines; jobs that are not done fail."""
-        self._state, self._detail = EngineState.CLOSED, "closed"
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        await self._lifecycle.close()
         await self._distiller.close()
-        if self._ready is not None:
-            self._ready.cancel()
 
     def _serving(self) -> VllmCore:
-        if self._state is not EngineState.READY or self.core is None:
-            raise EngineUnavailableError(f"the engine is {self._state}: {self._detail}")
+        if not self._lifecycle.serving or self.core is None:
+            raise self._lifecycle.unavailable()
         return self.core
 
     async def _outcome(self, core: VllmCore, job: ScoreJob) -> Outcome:
@@ -143,29 +128,13 @@ class VllmEngine:
         probabilities: Floats = logits_K.sigmoid().float().numpy()
         return probabilities
 
-    async def _supervise(self) -> None:
-        """Keep one run of vLLM going until closed."""
-        try:
-            await self._distiller.ready()
-        except EngineBrokenError as error:
-            self._break_if_never_ready(str(error))
-            return
-        backoff = self._supervision.first_backoff_s
-        while True:
-            started = time.monotonic()
-            reason = await self._run_one_core()
-            if self._state is EngineState.BROKEN:
-                return
-            if time.monotonic() - started > self._supervision.steady_s:
-                backoff = self._supervision.first_backoff_s
-            self._restarts += 1
-            self._on_restart()
-            self._log.error("engine_lost", reason=reason, restart_in_s=backoff, restarts=self._restarts)
-            await asyncio.sleep(backoff)
-            backoff = min(2 * backoff, self._supervision.last_backoff_s)
-
     async def _run_one_core(self) -> str:
         """Run vLLM from its start to its end; return why it ended."""
+        try:
+            await self._distiller.ready()  # at once, but for the first time: it saves the weights that vLLM loads
+        except EngineBrokenError as error:
+            self._lifecycle.break_if_never_ready(str(error))
+            return str(error)
         started = time.monotonic()
         self.core = core = VllmCore(self._config, self._supervision.forward_limit_s)
         try:
@@ -177,35 +146,23 @@ class VllmEngine:
             except Exception as error:  # what vLLM raises where it cannot start is not ours to list
                 message = " ".join(str(error).split()) or type(error).__name__
                 reason = f"vLLM cannot start: {message} (its own log, on standard output, says more)"
-                self._break_if_never_ready(reason)
+                self._lifecycle.break_if_never_ready(reason)
             else:
                 reason = await self._serve(core, time.monotonic() - started)
         finally:
             self.core = None
             self._lost()
             await core.close()
-        if self._state is not EngineState.BROKEN:
-            self._state, self._detail = EngineState.RESTARTING, reason
         return reason
 
     async def _serve(self, core: VllmCore, load_s: float) -> str:
-        self._state, self._detail = EngineState.READY, "ready"
-        self._log.info("engine_ready", load_s=round(load_s, 2), worker_pid=core.pids[0], restarts=self._restarts)
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_result(None)
+        self._lifecycle.became_ready(load_s, core.pids[0])
         await core.death()
         return core.killed_because or "vLLM's engine core died"
 
-    def _break_if_never_ready(self, reason: str) -> None:
-        """The first start failing is final; a later one may be a disk that comes back."""
-        if self._ready is not None and not self._ready.done():
-            self._state, self._detail = EngineState.BROKEN, reason
-            self._ready.set_exception(EngineBrokenError(reason))
-
     def _lost(self) -> None:
         """Fail everything that computes at once: nobody will answer it."""
-        if self._state is EngineState.READY:
-            self._state, self._detail = EngineState.RESTARTING, "vLLM's engine core is gone"
+        self._lifecycle.lost("vLLM's engine core is gone")
         for task in self._computing.values():
             task.cancel()
 

@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from models.segments import Segment
+from service.engines.lifecycle import Supervision
 from service.engines.process import WorkerProcess
 from service.engines.protocol import (
     DistilJob,
@@ -20,7 +21,7 @@ from service.engines.protocol import (
     JobDroppedError,
     JobFailedError,
 )
-from service.engines.supervised import SupervisedEngine, Supervision
+from service.engines.supervised import SupervisedEngine
 from tests.service.worker_models import ANSWER, DIE, FAIL, HANG, SLEEP, ObedientSource
 
 pytestmark = pytest.mark.anyio

@@ -19,10 +19,11 @@ from models.segments import SlotKind
 from models.template import PromptKind, Title
 from service.cli import app
 from service.engines.choice import core_config, open_engine
+from service.engines.lifecycle import Supervision
 from service.engines.merged import MergedSource
 from service.engines.packed import PackedModel, PackedSource
 from service.engines.protocol import EngineBrokenError, EngineState, EngineUnavailableError
-from service.engines.supervised import SupervisedEngine, Supervision
+from service.engines.supervised import SupervisedEngine
 from service.engines.vllm import VllmEngine
 from service.engines.vllm_prompts import MixedPrompt, PromptWriter
 from service.settings import Settings, SettingsError, load_settings
