@@ -19,12 +19,11 @@ from loadtests.options import (
     ThreadsOption,
     cores_of,
     deadline_of,
-    settings_of,
+    serve_with,
 )
 from loadtests.records import Summary
 from loadtests.report import CONSOLE, one_line_errors, show, write
 from loadtests.search import Found, Search
-from loadtests.server import serve
 from loadtests.trial import Trial
 from loadtests.workload import Catalogue, Workload
 from models.bundle import read_manifest
@@ -68,7 +67,7 @@ def main(
     with one_line_errors("capacity"):
         manifest = read_manifest(bundle)
         asks = Workload(Catalogue.read(bundle), seed=seed).asks(POOL)
-        with serve(bundle, cores=cores_of(server_cores, generator_cores), settings=settings_of(threads)) as server:
+        with serve_with(bundle, threads, cores_of(server_cores, generator_cores)) as server:
             trial = Trial(server, asks, limit_ms / 1000, deadline_of(deadline_ms, limit_ms), seed)
             found = asyncio.run(measure(trial, Search(first_rate, precision, most_steps), seconds))
         _report(found, limit_ms, trial.deadline_ms, seconds, out, manifest.bundle_id)

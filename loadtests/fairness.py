@@ -16,12 +16,12 @@ from loadtests.options import (
     ServerCoresOption,
     ThreadsOption,
     cores_of,
-    settings_of,
+    serve_with,
 )
 from loadtests.records import Record, Summary, quantile_ms, summarize
 from loadtests.report import one_line_errors, show, write
 from loadtests.sender import Sender
-from loadtests.server import Server, serve
+from loadtests.server import Server
 from loadtests.workload import Ask, Catalogue, Mix, Workload
 from models.bundle import read_manifest
 
@@ -97,7 +97,7 @@ def main(
         mix = Mix(rank_share=0, sizes=(1,), size_weights=(1,), sent_share=0, unknown_share=0)
         workload = Workload(catalogue, mix, seed)
         large = [workload.ranking(number, size) for number in range(LARGE_POOL)]
-        with serve(bundle, cores=cores_of(server_cores, generator_cores), settings=settings_of(threads)) as server:
+        with serve_with(bundle, threads, cores_of(server_cores, generator_cores)) as server:
             seen = asyncio.run(Neighbours(server, workload.asks(POOL), large, rate, seconds, seed).measure())
         show(f"beside /rank of {size}, one always under way", seen.rows())
         show("the large ones", [{"sent": seen.large_sent, "scored": seen.large_scored, "p50 ms": seen.large_p50_ms}])

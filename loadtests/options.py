@@ -1,11 +1,12 @@
 """The options that every measurement has, and what they mean."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loadtests.server import Cores
+from loadtests.server import Cores, Server, serve
 
 MAX_SECONDS = 3600.0
 
@@ -43,9 +44,14 @@ def cores_of(server: str, generator: str) -> Cores:
     return Cores(parse_cores(server), parse_cores(generator))
 
 
-def settings_of(threads: int | None) -> dict[str, str]:
-    """Return the service's settings of an option."""
-    return {} if threads is None else {"SELLA_ENGINE_THREADS": str(threads)}
+def serve_with(bundle: Path, threads: int | None, cores: Cores) -> AbstractContextManager[Server]:
+    """Run the service of a bundle as the options say, until the block ends.
+
+    Raises:
+        ServerError: it does not start.
+    """
+    settings = {} if threads is None else {"SELLA_ENGINE_THREADS": str(threads)}
+    return serve(bundle, cores=cores, settings=settings)
 
 
 def deadline_of(given: int | None, limit_ms: float) -> int:

@@ -19,12 +19,12 @@ from loadtests.options import (
     ServerCoresOption,
     ThreadsOption,
     cores_of,
-    settings_of,
+    serve_with,
 )
 from loadtests.records import Record, quantile_ms
 from loadtests.report import one_line_errors, show, write
 from loadtests.sender import Sender
-from loadtests.server import Cores, Server, ServerError, pinned, serve
+from loadtests.server import Cores, Server, ServerError, pinned
 from loadtests.workload import Ask, Catalogue, Mix, Workload
 from models.bundle import read_manifest
 from models.packs import ScoringGroup
@@ -168,7 +168,7 @@ def main(
             engine = EngineAlone(bundle, threads)
         groups = [engine.group(ask) for ask in asks]
         max_tokens = load_settings(bundle=bundle).batch_tokens
-        with serve(bundle, cores=cores, settings=settings_of(threads)) as server:
+        with serve_with(bundle, threads, cores) as server:
             compared = Comparison(server, engine, asks, groups, max_tokens, cores)
             around = asyncio.run(compared.singles(requests))
             seen = asyncio.run(compared.throughput(rounds, seconds))

@@ -21,13 +21,13 @@ from loadtests.options import (
     ThreadsOption,
     cores_of,
     deadline_of,
-    settings_of,
+    serve_with,
 )
 from loadtests.records import Record, Summary, quantile_ms, summarize
 from loadtests.report import CONSOLE, one_line_errors, show, write
 from loadtests.scrape import Histogram
 from loadtests.search import Search
-from loadtests.server import Server, serve
+from loadtests.server import Server
 from loadtests.trial import Trial
 from loadtests.workload import Catalogue, Workload
 from models.bundle import read_manifest
@@ -143,7 +143,7 @@ def main(
     with one_line_errors("overload"):
         manifest = read_manifest(bundle)
         asks = Workload(Catalogue.read(bundle), seed=seed).asks(capacity.POOL)
-        with serve(bundle, cores=cores_of(server_cores, generator_cores), settings=settings_of(threads)) as server:
+        with serve_with(bundle, threads, cores_of(server_cores, generator_cores)) as server:
             trial = Trial(server, asks, limit_ms / 1000, deadline_of(deadline_ms, limit_ms), seed)
             seen = asyncio.run(
                 measure(server, trial, Search(first_rate, most_steps=most_steps), step_seconds, seconds, times)

@@ -7,17 +7,11 @@ from models.assembly import Assembler
 from models.features import Tables
 from models.loading import Bundle
 from models.scoring_model import ScoringModel
-from tests.tiny import tiny_bundle
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
 @pytest.fixture(scope="session")

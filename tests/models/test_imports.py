@@ -11,4 +11,5 @@ import models.scorer, models.scoring_model, models.probe, models.masked
 
 def test_scoring_needs_torch_and_transformers_alone() -> None:
     """A machine that is lent for measuring has no more."""
-    subprocess.run([sys.executable, "-c", WITHOUT], check=True)
+    ended = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

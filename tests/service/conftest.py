@@ -1,5 +1,4 @@
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import httpx
 import pytest
@@ -17,21 +16,10 @@ from service.features.embedded import EmbeddedStore
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.echo import EchoEngine
-from tests.tiny import tiny_bundle
 
 torch.set_num_threads(1)
 
 Serve = Callable[..., httpx.AsyncClient]
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -78,8 +66,3 @@ def service(bundle: Bundle, echo: EchoEngine) -> Collaborators:
 async def client(service: Collaborators) -> AsyncIterator[httpx.AsyncClient]:
     async with client_of(service) as client:
         yield client
-
-
-@pytest.fixture(scope="session")
-def root() -> Path:
-    return Path(__file__).parents[2]

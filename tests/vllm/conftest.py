@@ -37,11 +37,6 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def root() -> Path:
-    return Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     # vLLM's attention on a CPU takes heads of 32 and more.
     return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny", d_model=128)
