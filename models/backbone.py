@@ -55,6 +55,11 @@ class Backbone:
         dtype: torch.dtype = self.causal_lm.get_input_embeddings().weight.dtype
         return dtype
 
+    @property
+    def parameters(self) -> int:
+        """How many weights the language model has, shared ones once, an adapter that is not merged left out."""
+        return sum(one.numel() for name, one in self.causal_lm.named_parameters() if "lora_" not in name)
+
     def embed(self, token_ids_BT: Tensor) -> Tensor:
         """Return the input embeddings, `(B, T, D)`."""
         embeds: Tensor = self.causal_lm.get_input_embeddings()(token_ids_BT)

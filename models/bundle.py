@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.template import TemplateConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 
@@ -42,6 +42,7 @@ class BackboneEntry(_Frozen):
     base_id: str = Field(description="hash of the base weights in fp32")
     merged_id: str = Field(description="identity of base, adapter and dtype: bundles that share it share one loaded LM")
     dtype: Literal["float32", "bfloat16"]
+    parameters: int = Field(gt=0, description="weights, from which the memory that loading takes is told beforehand")
     yes_id: int
     no_id: int
 

@@ -21,6 +21,7 @@ class UserFeatures:
     user_id: str
     vector_C: Floats | None
     history: tuple[str, ...]  # last liked item ids, oldest first, at most the template's window
+    history_times: tuple[float, ...]  # when each of them was liked, UTC seconds
     history_total: int  # how many liked items the user has had in all
 
 
@@ -46,6 +47,7 @@ class Tables:
     user_trained_U: NDArray[np.bool_]
     item_trained_I: NDArray[np.bool_]
     histories: Sequence[tuple[str, ...]]
+    history_times: Sequence[tuple[float, ...]]
     history_totals: Sequence[int]
     user_vectors_UC: Floats
     item_vectors_IC: Floats
@@ -66,7 +68,13 @@ class Tables:
         if row is None:
             return None
         vector = np.asarray(self.user_vectors_UC[row]) if self.user_trained_U[row] else None
-        return UserFeatures(user_id, vector, tuple(self.histories[row]), int(self.history_totals[row]))
+        return UserFeatures(
+            user_id,
+            vector,
+            tuple(self.histories[row]),
+            tuple(self.history_times[row]),
+            int(self.history_totals[row]),
+        )
 
     def item(self, item_id: str) -> ItemFeatures | None:
         """Return an item of the catalogue, or None."""

@@ -81,6 +81,7 @@ class Bundle:
             user_trained_U=users["trained"].to_numpy(),
             item_trained_I=items["trained"].to_numpy(),
             histories=[tuple(one) for one in users["history"].to_list()],
+            history_times=[tuple(one) for one in users["history_times"].to_list()],
             history_totals=users["history_total"].to_list(),
             user_vectors_UC=collab["user_vectors"],
             item_vectors_IC=collab["item_vectors"],
@@ -91,9 +92,14 @@ class Bundle:
         )
 
     def _check_histories(self, users: pl.DataFrame) -> None:
-        """Raise BundleError where a stored history is too short for the template's window."""
-        rows = zip(users["user_id"], users["history"].list.len(), users["history_total"], strict=True)
-        for user_id, stored, total in rows:
+        """Raise BundleError where a stored history is too short for the template's window, or its times are not its."""
+        lengths = users["history"].list.len(), users["history_times"].list.len()
+        rows = zip(users["user_id"], *lengths, users["history_total"], strict=True)
+        for user_id, stored, timed, total in rows:
+            if stored != timed:
+                raise BundleError(
+                    f"{self.folder / 'users.parquet'}: user {user_id!r} has {stored} stored items and {timed} times"
+                )
             wanted = total - window_start(total, self.manifest.template)
             if stored < wanted:
                 raise BundleError(

@@ -10,7 +10,7 @@ from service.collaborators import Collaborators
 from service.engines.protocol import EngineBrokenError
 from service.errors import install_error_handlers
 from service.intake import Intake
-from service.metrics import build_version
+from service.metrics.registry import build_version
 from service.routes import health, rank, score
 
 DESCRIPTION = """Scores clicks with a language model that knows the users and items (SeLLa-Rec).

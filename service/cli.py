@@ -18,7 +18,7 @@ from service.app import create_app
 from service.collaborators import Collaborators
 from service.current import CurrentBundle, open_handle
 from service.logs import configure_logs
-from service.metrics import Metrics, build_version
+from service.metrics.registry import Metrics, build_version
 from service.settings import Settings, SettingsError, load_settings
 
 CANNOT_SERVE = 2

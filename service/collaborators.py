@@ -7,7 +7,7 @@ from fastapi import Request
 
 from service.answers import EngineReadiness, Readiness, StoreReadiness
 from service.current import CurrentBundle
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 from service.settings import Settings
 
 

@@ -13,9 +13,9 @@ from models.loading import Bundle, Calibration
 from service.batcher import Batcher, BatchLimits
 from service.engines.choice import open_engine
 from service.engines.protocol import Engine
-from service.features.embedded import EmbeddedStore
+from service.features.choice import open_store
 from service.features.protocol import FeatureStore
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 from service.settings import Settings
 
 
@@ -82,7 +82,7 @@ def open_handle(
     return BundleHandle(
         bundle_id=bundle.id,
         tables=tables,
-        store=EmbeddedStore(bundle.id, tables),
+        store=open_store(bundle.id, tables),
         assembler=assembler,
         calibration=bundle.calibration(),
         engine=engine,

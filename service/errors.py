@@ -13,7 +13,7 @@ from service.admission import QueueFullError
 from service.answers import ErrorResponse, Problem
 from service.batcher import DeadlineExceededError
 from service.engines.protocol import EngineError, EngineUnavailableError, JobDroppedError
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 
 MAX_MESSAGE = 300
 RETRY_SOON_S = 1  # another server may take at once what this one leaves

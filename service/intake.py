@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.collaborators import collaborators_of
 from service.errors import RETRY_SOON_S, BodyTooLargeError, MediaTypeError, error_response
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 
 REQUEST_ID_HEADER = "X-Request-ID"
 UNMATCHED = "unmatched"

@@ -34,6 +34,8 @@ from models.template import TemplateConfig
 
 Dtype = Literal["float32", "bfloat16"]
 
+DAY_S = 86_400.0
+HISTORY_END = 1_700_000_000.0  # when every user liked the last of the stored items
 D_COLLAB, D_HIDDEN, D_MODEL = 8, 16, 48
 WORDS = ("Amber", "Brave", "Copper", "Dark", "Étoile", "Frozen", "Golden", "Hidden", "Iron", "Jade", "Last", "Ночь")
 NOUNS = ("Garden", "Harbour", "Island", "Journey", "Kingdom", "Letter", "Mirror", "Orchard", "Promise", "River")
@@ -73,6 +75,7 @@ def tiny_bundle(
         identity.update(
             base_id=base_id,
             merged_id=merged_id(base_id, folder / "adapter", dtype),
+            parameters=backbone.parameters,
             yes_id=backbone.answers.yes,
             no_id=backbone.answers.no,
         )
@@ -198,11 +201,14 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
     ).write_parquet(folder / "items.parquet")
     totals = [23, *rng.integers(1, 14, size=size.users - 2).tolist(), 0][: size.users]
     histories = [[item_ids[i] for i in rng.integers(0, size.items, size=min(total, 10))] for total in totals]
+    # A day between two likes, the last of every user on the same day.
+    times = [[HISTORY_END - DAY_S * (len(one) - place - 1) for place in range(len(one))] for one in histories]
     pl.DataFrame(
         {
             "user_id": [f"u{row}" for row in range(size.users)],
             "trained": [row < size.users - size.cold_users for row in range(size.users)],
             "history": pl.Series(histories, dtype=pl.List(pl.String)),
+            "history_times": pl.Series(times, dtype=pl.List(pl.Float64)),
             "history_total": totals,
         }
     ).write_parquet(folder / "users.parquet")

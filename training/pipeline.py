@@ -133,6 +133,7 @@ def _scorer(
     items = prepared.examples.dataset.items
     size = run.config.template.max_history
     liked = [histories.positives_of(code) for code in range(len(histories.user_ids))]
+    times = [histories.times_of(code) for code in range(len(histories.user_ids))]
     item_ids = items["item_id"].to_list()
     served = Tables(
         user_ids=histories.user_ids.to_list(),
@@ -141,6 +142,7 @@ def _scorer(
         user_trained_U=collab.user_trained_U.numpy(),
         item_trained_I=collab.item_trained_I.numpy(),
         histories=[tuple(item_ids[row] for row in rows[max(0, len(rows) - size) :]) for rows in liked],
+        history_times=[tuple(rows[max(0, len(rows) - size) :].tolist()) for rows in times],
         history_totals=[len(rows) for rows in liked],
         user_vectors_UC=tables["user_vectors"].numpy(),
         item_vectors_IC=tables["item_vectors"].numpy(),
@@ -185,6 +187,7 @@ def _write(
                 base_id=prepared.base_id,
                 merged_id=merged_id(prepared.base_id, prepared.adapter, config.dtype),
                 dtype=config.dtype,
+                parameters=prepared.backbone.parameters,
                 yes_id=answers.yes,
                 no_id=answers.no,
             ),
@@ -213,6 +216,7 @@ def _write_tables(folder: Path, tables: Tables) -> None:
             "user_id": tables.user_ids,
             "trained": tables.user_trained_U,
             "history": pl.Series([list(one) for one in tables.histories], dtype=pl.List(pl.String)),
+            "history_times": pl.Series([list(one) for one in tables.history_times], dtype=pl.List(pl.Float64)),
             "history_total": pl.Series(tables.history_totals, dtype=pl.Int64),
         }
     ).write_parquet(folder / "users.parquet")

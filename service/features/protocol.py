@@ -1,10 +1,11 @@
 """What a feature store is: users and items of one bundle, in one batched, asynchronous call."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from models.features import ItemFeatures, UserFeatures
+from service.interactions.live import LiveUser
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +23,15 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What is known; ids that nothing is known of are missing."""
+    """What is known; ids that nothing is known of are missing.
+
+    `live` is what the store shares with other servers of the users whose stored history was wanted; the items of those
+    likes are among `items`.
+    """
 
     users: Mapping[str, UserFeatures]
     items: Mapping[str, ItemFeatures]
+    live: Mapping[str, LiveUser] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

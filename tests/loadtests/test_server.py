@@ -19,7 +19,7 @@ from loadtests.sender import Sender
 from loadtests.server import Server, ServerError, pinned, require_loopback, serve
 from loadtests.workload import Catalogue, Mix, Workload
 from models.loading import Bundle
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 
 
 async def scored(server: Server, asks: Workload) -> list[Answer]:

@@ -13,7 +13,7 @@ from service.collaborators import Collaborators
 from service.current import BundleHandle, CurrentBundle
 from service.engines.protocol import Engine
 from service.features.embedded import EmbeddedStore
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 from service.settings import Settings
 from tests.service.echo import EchoEngine
 

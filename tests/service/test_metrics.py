@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from models.loading import Bundle
 from service.collaborators import Collaborators
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 from tests.service.conftest import client_of, collaborators
 from tests.service.echo import EchoEngine
 

@@ -47,6 +47,7 @@ class Histories:
     _splits: Mapping[str, SplitHistories]
     _code_of_user: Mapping[str, int]
     _positives_P: Int32  # rows of items; user by user, oldest first
+    _times_P: NDArray[np.float64]  # when, UTC seconds
     _starts: NDArray[np.int64]  # [U + 1] where each user's positives begin
     _lengths_through: Mapping[str, Int32]  # [U] positives of each user up to the end of a split
 
@@ -66,6 +67,10 @@ class Histories:
     def positives_of(self, user_code: int) -> Int32:
         """Return the same for a user's code."""
         return self._positives_P[self._starts[user_code] : self._starts[user_code + 1]]
+
+    def times_of(self, user_code: int) -> NDArray[np.float64]:
+        """Return when the user liked each of `positives_of`, UTC seconds."""
+        return self._times_P[self._starts[user_code] : self._starts[user_code + 1]]
 
     def history(self, split: str, row: int) -> Int32:
         """Return one row's history as rows of `Dataset.items`, oldest first."""
@@ -108,6 +113,7 @@ def build_histories(dataset: Dataset) -> Histories:
         _splits={name: SplitHistories(user_code[part], item_row[part], length[part]) for name, part in parts.items()},
         _code_of_user={user_id: code for code, user_id in enumerate(user_ids)},
         _positives_P=item_row[order][label[order] == 1],
+        _times_P=rows["timestamp"].to_numpy()[order][label[order] == 1],
         _starts=starts,
         _lengths_through={
             name: np.bincount(user_code[: part.stop], weights=label[: part.stop], minlength=len(user_ids)).astype(

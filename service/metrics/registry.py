@@ -1,4 +1,4 @@
-"""What the service counts: one registry an app, names that stay, labels from closed sets."""
+"""Every metric of one application."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,0 +1,43 @@
+"""What several servers share of interactions: likes, counts and deletions, rebuilt from each server's log."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from service.interactions.event import LogEntry
+
+
+class SharedStoreError(Exception):
+    """The shared store does not answer, or not in time; what it was asked to take may or may not have been taken."""
+
+
+class SharedInteractions(Protocol):
+    """Takes log entries, each log's in order, and forgets nothing that it has acknowledged unless it loses all.
+
+    Applying is idempotent. What is counted of an impression follows from its states, whatever comes twice, late or out
+    of order: unknown or pending, then negative or positive. Entering negative or positive for the first time counts an
+    impression for user and item, entering positive a positive; positive is final.
+    """
+
+    async def applied(self, log_id: str) -> int:
+        """Return the `seq` of the last entry of a log that was applied; 0 for none, as after a restart with no data.
+
+        Raises:
+            SharedStoreError: it does not answer.
+        """
+        ...
+
+    async def apply(self, log_id: str, entries: Sequence[LogEntry]) -> None:
+        """Apply entries and remember the last one's `seq`, both or neither.
+
+        Raises:
+            SharedStoreError: it does not answer.
+        """
+        ...
+
+    async def deletions(self) -> Mapping[str, float]:
+        """Return when each deleted user was deleted, UTC seconds.
+
+        Raises:
+            SharedStoreError: it does not answer.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""What the service counts: one registry an app, names that stay, labels from closed sets."""
