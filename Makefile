@@ -14,7 +14,7 @@ LOAD_OUT ?= build/load
 VLLM := .venv-vllm
 VLLM_PIP := PIP_CONSTRAINT=$(VLLM)/constraints.txt $(VLLM)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo load bench bench-gpu test test-vllm lint format clean
+.PHONY: demo load bench bench-gpu test test-faults test-vllm soak lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -53,7 +53,23 @@ bench-gpu:
 		--out docs/results/gpu $(BENCH)
 
 test: $(VENV)/.load-installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/faults
+
+# Servers that the tests start themselves, from Debian's packages where they are not installed yet.
+$(VENV)/.servers-installed: $(VENV)/.load-installed
+	@command -v redis-server prometheus promtool > $@.found || { \
+		echo "installing redis-server and prometheus, which the tests start themselves"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		redis-server prometheus; }
+	@mv $@.found $@
+
+# Real processes under faults: killed, paused, out of room, flooded. At most twenty minutes.
+test-faults: $(VENV)/.servers-installed
+	$(BIN)/python -m pytest tests/faults
+
+# Twenty minutes at 80 % of capacity, then a verdict on memory and errors; by hand.
+soak: $(VENV)/.servers-installed | $(LOAD_BUNDLE)/manifest.json
+	$(BIN)/python -m loadtests.soak --bundle $(LOAD_BUNDLE) --out docs/results $(SOAK)
 
 $(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

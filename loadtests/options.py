@@ -1,5 +1,6 @@
 """The options that every measurement has, and what they mean."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
@@ -44,14 +45,16 @@ def cores_of(server: str, generator: str) -> Cores:
     return Cores(parse_cores(server), parse_cores(generator))
 
 
-def serve_with(bundle: Path, threads: int | None, cores: Cores) -> AbstractContextManager[Server]:
-    """Run the service of a bundle as the options say, until the block ends.
+def serve_with(
+    bundle: Path, threads: int | None, cores: Cores, settings: Mapping[str, str] | None = None
+) -> AbstractContextManager[Server]:
+    """Run the service of a bundle as the options and other SELLA_ variables say, until the block ends.
 
     Raises:
         ServerError: it does not start.
     """
-    settings = {} if threads is None else {"SELLA_ENGINE_THREADS": str(threads)}
-    return serve(bundle, cores=cores, settings=settings)
+    given = {} if threads is None else {"SELLA_ENGINE_THREADS": str(threads)}
+    return serve(bundle, cores=cores, settings={**given, **(settings or {})})
 
 
 def deadline_of(given: int | None, limit_ms: float) -> int:
