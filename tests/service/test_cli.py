@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -10,88 +9,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
 from models.loading import Bundle
 from service.cli import _listen
 from service.settings import Settings
 from tests.service.test_supervised import alive
+from tests.serving import Server, wait_for
 
 BODY = {"user_id": "u0", "candidates": ["i1", {"item_id": "new", "title": "Brand new"}, "i39"]}
 
 
-class Server:
-    """A started server and what it has said."""
-
-    def __init__(self, root: Path, bundle: Path, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli", "run", "--bundle", str(bundle), "--port", "0"],
-            cwd=root,
-            env={
-                **os.environ,
-                "PYTHONWARNINGS": "error,always:resource_tracker",
-                "SELLA_ENGINE_THREADS": "1",
-                **environment,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None and self.process.stderr is not None
-        self.first_line = self.process.stdout.readline()
-        self.log: list[str] = []
-        self._drain = threading.Thread(target=self.log.extend, args=(self.process.stderr,))
-        self._drain.start()
-        found = re.search(r"on (http://127\.0\.0\.1:\d+) ", self.first_line)
-        self.url = found[1] if found else ""
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60)
-
-    def end(self, stop: signal.Signals) -> int:
-        self.process.send_signal(stop)
-        return self.wait()
-
-    def wait(self) -> int:
-        """Wait for the end, and for the last word of whatever it left behind."""
-        status = self.process.wait(60)
-        self._drain.join(10)
-        return status
-
-    def wait_until_loaded(self, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not any('"engine_ready"' in line for line in self.log):
-            assert self.process.poll() is None and time.monotonic() < end, (self.process.poll(), self.log)
-            time.sleep(0.02)
-
-    def worker_pid(self) -> int:
-        [line] = [json.loads(line) for line in self.log if '"engine_ready"' in line][-1:]
-        return int(line["worker_pid"])
-
-    def clean_up(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._drain.join(10)
-        for pipe in (self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 @pytest.fixture
-def server(root: Path, bundle: Bundle) -> Iterator[Server]:
-    server = Server(root, bundle.folder)
+def server(bundle: Bundle) -> Iterator[Server]:
+    server = Server(bundle.folder)
     yield server
     server.clean_up()
 
@@ -158,8 +93,8 @@ def test_an_offer_to_upgrade_is_ignored(server: Server) -> None:
     assert server.end(signal.SIGTERM) == 0
 
 
-def test_what_outlasts_the_drain_is_told_so(root: Path, bundle: Bundle) -> None:
-    server = Server(root, bundle.folder, SELLA_DRAIN_S="1")
+def test_what_outlasts_the_drain_is_told_so(bundle: Bundle) -> None:
+    server = Server(bundle.folder, SELLA_DRAIN_S="1")
     try:
         server.wait_until_loaded()
         os.kill(server.worker_pid(), signal.SIGSTOP)

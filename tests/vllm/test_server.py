@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import psutil
@@ -14,8 +13,8 @@ from service.engines.packed import PackedModel
 from service.settings import Settings
 from tests.service.conftest import client_of, collaborators
 from tests.service.direct import DirectEngine
-from tests.service.test_cli import Server, wait_for
 from tests.service.test_supervised import alive
+from tests.serving import Server, wait_for
 
 pytestmark = pytest.mark.anyio
 
@@ -27,9 +26,8 @@ BODIES = [
 
 
 @pytest.fixture(scope="module")
-def server(root: Path, bundle: Bundle, settings: Settings) -> Iterator[Server]:
+def server(bundle: Bundle, settings: Settings) -> Iterator[Server]:
     server = Server(
-        root,
         bundle.folder,
         PYTHONWARNINGS="default",
         SELLA_ENGINE="vllm",
