@@ -5,6 +5,7 @@ Runs the same commands a user would; the bundle and its data stay in `bundles/` 
 
 import argparse
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import httpx
 import polars as pl
+
+from models.bundle import BundleError, read_manifest
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 BUNDLE, DATA = BUNDLES / "demo", BUNDLES / "demo.data"
@@ -52,8 +55,15 @@ def make_bundle() -> None:
         print("1/3 making a catalogue of films that never were, and people who watch them")
         subprocess.run([BIN / "sella-train", "prepare", "synthetic", "--out", DATA], check=True)
     if (BUNDLE / "manifest.json").exists():
-        print(f"using the bundle in {BUNDLE.relative_to(BUNDLES.parent)}")
-        return
+        try:
+            read_manifest(BUNDLE)
+        except BundleError as error:  # of an earlier sella: the demo made it and can make it again
+            print(f"{error}\nmaking the demo's bundle anew")
+            for folder in (BUNDLE, BUNDLE.with_name(f"{BUNDLE.name}.run")):
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            print(f"using the bundle in {BUNDLE.relative_to(BUNDLES.parent)}")
+            return
     print("2/3 training: a small stand-in for a language model, then SeLLa-Rec's three stages")
     command = [BIN / "sella-train", "fit", "--data", DATA, "--backbone", "tiny", "--config", "demo", "--out", BUNDLE]
     subprocess.run([*command, "--resume"], check=True)
