@@ -35,6 +35,7 @@ class ForwardCounts:
 
     forwards: int
     tokens: int
+    tokens_saved: int  # of prompts that shared their trunk within a forward
     cache: CacheCounts
 
 
@@ -63,12 +64,12 @@ class ScoringModel:
         like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
         self._collab = ProjectedRows(self.projections.collab, backbone.d_model, like, PROJECTED_BYTES)
         self._warm = ProjectedRows(self.projections.warm, backbone.d_model, like, PROJECTED_BYTES)
-        self._forwards = self._tokens = 0
+        self._forwards = self._tokens = self._saved = 0
 
     @property
     def counts(self) -> ForwardCounts:
         """What has been computed so far."""
-        return ForwardCounts(self._forwards, self._tokens, self._cache.counts)
+        return ForwardCounts(self._forwards, self._tokens, self._saved, self._cache.counts)
 
     @torch.inference_mode()
     def score(self, groups: Sequence[ScoringGroup], max_tokens: int = 4096) -> list[Floats]:
@@ -129,6 +130,7 @@ class ScoringModel:
             start = end
         self._forwards += 1
         self._tokens += len(row.token_ids_T)
+        self._saved += sum(len(part.trunk) * (len(part.branches) - 1) for part in parts)
 
     def _embed(self, row: Row, trunks: Sequence["_Trunk"], parts: Sequence[Part]) -> Tensor:
         """Return the row's embeddings, (T, D), with the projected vectors in place of the slots' (Eq. 10)."""

@@ -24,7 +24,8 @@ from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
 from models.segments import Segment
 from models.template import Template
-from service.engines.protocol import JobFailedError
+from service.engines.device_memory import device_memory
+from service.engines.protocol import EngineUsage, JobFailedError
 
 WARM_UP_CANDIDATES = 16
 
@@ -103,6 +104,26 @@ class PackedModel:
     def distil(self, jobs: Sequence[Sequence[Segment]]) -> list[Floats | JobFailedError]:
         """Return each job's vectors, `(N, D)`, or its error."""
         return _each_alone(jobs, self._distil)
+
+    def usage(self) -> EngineUsage:
+        """Return what was computed so far, and the memory in use."""
+        counts = self._model.counts
+        device = self._model.backbone.device
+        used, total = device_memory(device)
+        return EngineUsage(
+            forwards=counts.forwards,
+            tokens=counts.tokens,
+            tokens_cached=counts.cache.tokens_found,
+            tokens_saved_by_packing=counts.tokens_saved,
+            cache_bytes=counts.cache.bytes_held,
+            memory_bytes=used,
+            memory_total_bytes=total,
+            device=str(device),
+        )
+
+    def forget(self) -> None:
+        """Drop what is kept of prompts and vectors."""
+        self._model.forget()
 
     def save_weights(self, folder: Path) -> None:
         """Save the merged language model, for an engine that loads it from a folder."""

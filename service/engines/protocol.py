@@ -4,7 +4,7 @@ Shapes: K candidates of a group, N prompts, D = d_L.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -79,6 +79,34 @@ class EngineHealth:
         return self.state is EngineState.READY
 
 
+@dataclass(frozen=True, slots=True)
+class EngineUsage:
+    """What an engine has computed since it was made, and the memory it takes.
+
+    Every token of a prompt is in one of three: computed, found in the cache, or saved because prompts of one forward
+    share their beginning.
+    """
+
+    forwards: int = 0
+    tokens: int = 0  # of prompts to score, computed
+    tokens_cached: int = 0
+    tokens_saved_by_packing: int = 0
+    cache_bytes: int = 0
+    memory_bytes: int = 0  # in use on the device by all, or on a CPU resident in the worker
+    memory_total_bytes: int = 0  # of the device, or of the machine or container
+    device: str = ""  # "cpu", "cuda:0"; empty before a worker has told
+
+    def after(self, before: "EngineUsage") -> "EngineUsage":
+        """Return this usage with the counts of workers before it: counts never go back when one is restarted."""
+        return replace(
+            self,
+            forwards=before.forwards + self.forwards,
+            tokens=before.tokens + self.tokens,
+            tokens_cached=before.tokens_cached + self.tokens_cached,
+            tokens_saved_by_packing=before.tokens_saved_by_packing + self.tokens_saved_by_packing,
+        )
+
+
 class Engine(Protocol):
     """Computes jobs somewhere else than on the event loop.
 
@@ -120,6 +148,14 @@ class Engine(Protocol):
 
     def health(self) -> EngineHealth:
         """Return where the engine stands."""
+        ...
+
+    def usage(self) -> EngineUsage:
+        """Return what is last known of its work and memory."""
+        ...
+
+    def forget(self) -> None:
+        """Drop everything kept of prompts and vectors, once the jobs that the engine has are computed."""
         ...
 
     async def close(self) -> None:

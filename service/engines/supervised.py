@@ -13,11 +13,12 @@ from service.engines.protocol import (
     EngineError,
     EngineHealth,
     EngineUnavailableError,
+    EngineUsage,
     Job,
     Outcome,
     ScoreJob,
 )
-from service.engines.worker import Batch, Broken, Cancel, ModelSource, Ready, Results
+from service.engines.worker import Batch, Broken, Cancel, Forget, ModelSource, Ready, Results
 
 
 class SupervisedEngine:
@@ -36,6 +37,8 @@ class SupervisedEngine:
         self._worker: WorkerProcess | None = None
         self._pending: dict[int, asyncio.Future[Outcome]] = {}
         self._hang_timer: asyncio.TimerHandle | None = None
+        self._usage = EngineUsage()  # the worker's that runs
+        self._usage_before = EngineUsage()  # of the workers before it
 
     async def start(self) -> None:
         """Begin loading and return at once."""
@@ -71,6 +74,15 @@ class SupervisedEngine:
         """The process id of the worker that runs, if one does."""
         return self._worker.pid if self._worker is not None else None
 
+    def usage(self) -> EngineUsage:
+        """Return what the workers have computed, and the memory that the last one said it takes."""
+        return self._usage.after(self._usage_before)
+
+    def forget(self) -> None:
+        """Drop the worker's cached keys, values and vectors; one that starts has none."""
+        if self._worker is not None and self._lifecycle.serving:
+            self._worker.send(Forget())
+
     async def close(self) -> None:
         """Kill the worker; jobs that are not done fail."""
         await self._lifecycle.close()
@@ -105,6 +117,7 @@ class SupervisedEngine:
                 reason = f"the model was not loaded within {self._supervision.load_limit_s:g} s"
             else:
                 if isinstance(message, Ready):
+                    self._usage = message.usage
                     reason = await self._serve(worker, time.monotonic() - started)
                 elif isinstance(message, Broken):
                     reason = message.reason
@@ -113,6 +126,7 @@ class SupervisedEngine:
                     reason = "the worker died while it loaded the model"
         finally:
             self._worker = None
+            self._usage_before, self._usage = self.usage(), EngineUsage()
             self._lost()
             await worker.kill()
         return reason
@@ -122,6 +136,7 @@ class SupervisedEngine:
         while (message := await worker.next_message()) is not None:
             if isinstance(message, Results):
                 self._watch_forward()
+                self._usage = message.usage
                 for job_id, outcome in message.outcomes:
                     future = self._pending.pop(job_id, None)
                     if future is not None and not future.done():

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import structlog
 import torch
@@ -15,6 +16,7 @@ from service.engines.protocol import (
     EngineBrokenError,
     EngineHealth,
     EngineUnavailableError,
+    EngineUsage,
     JobDroppedError,
     JobFailedError,
     Outcome,
@@ -50,6 +52,7 @@ class VllmEngine:
         self._supervision = supervision
         self._lifecycle = Lifecycle(supervision, log, on_restart)
         self.core: VllmCore | None = None  # the run of vLLM that starts or serves
+        self._usage_before = EngineUsage()  # of the runs of vLLM before this one
         self._computing: dict[int, asyncio.Task[Floats]] = {}
 
     async def start(self) -> None:
@@ -89,6 +92,23 @@ class VllmEngine:
         if own.ready and not beside.ready:
             detail = f"ready, but titles outside the catalogue wait: {beside.detail}"
         return EngineHealth(own.state, detail, own.restarts + beside.restarts)
+
+    def usage(self) -> EngineUsage:
+        """Return what vLLM has computed. The memory is what the distiller sees: on a GPU that is everybody's."""
+        core = self.core.usage() if self.core is not None else EngineUsage()
+        beside = self._distiller.usage()
+        return replace(
+            core.after(self._usage_before),
+            memory_bytes=beside.memory_bytes,
+            memory_total_bytes=beside.memory_total_bytes,
+            device=beside.device,
+        )
+
+    def forget(self) -> None:
+        """Drop vLLM's prefix cache, and what the distiller keeps."""
+        if self.core is not None and self._lifecycle.serving:
+            self.core.forget()
+        self._distiller.forget()
 
     async def close(self) -> None:
         """Kill both engines; jobs that are not done fail."""
@@ -150,7 +170,7 @@ class VllmEngine:
             else:
                 reason = await self._serve(core, time.monotonic() - started)
         finally:
-            self.core = None
+            self._usage_before, self.core = self.usage(), None
             self._lost()
             await core.close()
         return reason

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from service.engines.protocol import EngineUnavailableError, JobFailedError
+from service.engines.protocol import EngineUnavailableError, EngineUsage, JobFailedError
 from service.engines.silence import Silence
 from service.engines.vllm_config import CoreConfig
 from service.engines.vllm_prompts import MixedPrompt
@@ -55,6 +55,7 @@ class VllmCore:
         self._thread = Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
         self._closing = False
+        self.sent_tokens = 0  # of prompts that were answered
         self.cached_tokens = 0  # found in the prefix cache so far; trunks shorter than a block never are
         self.killed_because = ""
 
@@ -89,6 +90,14 @@ class VllmCore:
         finally:
             self._silence.ended(answered=answered)
         return logits
+
+    def usage(self) -> EngineUsage:
+        """Return the tokens computed and found; vLLM tells neither its forwards nor its cache's bytes here."""
+        return EngineUsage(tokens=self.sent_tokens - self.cached_tokens, tokens_cached=self.cached_tokens)
+
+    def forget(self) -> None:
+        """Drop vLLM's prefix cache; blocks that a prompt still uses stay until it is answered."""
+        asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop)
 
     async def death(self) -> None:
         """Return when an engine core has ended."""
@@ -214,6 +223,7 @@ class VllmCore:
         answers = self._config.answers
         if output is None or not output.outputs or not output.outputs[0].logprobs:
             raise JobFailedError("vLLM ended a prompt without an answer")
+        self.sent_tokens += len(output.prompt_token_ids or ())
         self.cached_tokens += output.num_cached_tokens or 0
         of = output.outputs[0].logprobs[0]
         difference = of[answers.yes].logprob - of[answers.no].logprob

@@ -16,7 +16,15 @@ from typing import Protocol
 from models.features import Floats
 from models.packs import ScoringGroup
 from models.segments import Segment
-from service.engines.protocol import DistilJob, Job, JobDroppedError, JobFailedError, Outcome, ScoreJob
+from service.engines.protocol import (
+    DistilJob,
+    EngineUsage,
+    Job,
+    JobDroppedError,
+    JobFailedError,
+    Outcome,
+    ScoreJob,
+)
 
 
 class WorkerModel(Protocol):
@@ -32,6 +40,14 @@ class WorkerModel(Protocol):
 
     def distil(self, jobs: Sequence[Sequence[Segment]]) -> Sequence[Floats | JobFailedError]:
         """Return each job's vectors."""
+        ...
+
+    def usage(self) -> EngineUsage:
+        """Return what was computed so far, and the memory in use."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is kept of prompts and vectors."""
         ...
 
 
@@ -58,8 +74,15 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """To the worker: drop what is kept of prompts and vectors, after the batches sent before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """From the worker: loaded and warmed up."""
+
+    usage: EngineUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +94,13 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """From the worker: one outcome a job of a batch."""
+    """From the worker: one outcome a job of a batch, and what it has used so far."""
 
     outcomes: tuple[tuple[int, Outcome], ...]
+    usage: EngineUsage
+
+
+Order = Batch | Forget
 
 
 def run_worker(connection: Connection, source: ModelSource) -> None:
@@ -88,28 +115,33 @@ def run_worker(connection: Connection, source: ModelSource) -> None:
     except Exception as error:  # whatever it is, the parent tells it better than a traceback here
         connection.send(Broken(" ".join(str(error).split()) or type(error).__name__))
         return
-    connection.send(Ready())
+    connection.send(Ready(model.usage()))
     while True:
-        connection.send(Results(_compute(model, inbox.next_batch(), inbox)))
+        order = inbox.next_order()
+        if isinstance(order, Forget):
+            model.forget()
+        else:
+            outcomes = _compute(model, order, inbox)
+            connection.send(Results(outcomes, model.usage()))
 
 
 class _Inbox:
-    """Batches and cancellations, read by a thread of its own: a forward must delay neither."""
+    """Orders and cancellations, read by a thread of its own: a forward must delay neither."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._batches: deque[Batch] = deque()
+        self._orders: deque[Order] = deque()
         self._cancelled: set[int] = set()
         self._arrived = threading.Condition()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
-    def next_batch(self) -> Batch:
-        """Wait for the next batch."""
+    def next_order(self) -> Order:
+        """Wait for the next order; they come in the order in which they were sent."""
         with self._arrived:
             # Cancellations that came too late are forgotten here, or they would pile up.
-            self._cancelled &= {job.id for batch in self._batches for job in batch.jobs}
-            self._arrived.wait_for(lambda: bool(self._batches))
-            return self._batches.popleft()
+            self._cancelled &= {job.id for order in self._orders if isinstance(order, Batch) for job in order.jobs}
+            self._arrived.wait_for(lambda: bool(self._orders))
+            return self._orders.popleft()
 
     def cancelled(self, job_id: int) -> bool:
         """Return whether a job was cancelled."""
@@ -122,10 +154,10 @@ class _Inbox:
             except (EOFError, OSError):
                 os._exit(0)  # the parent is gone; a forward that runs or hangs must not keep this process
             with self._arrived:
-                if isinstance(message, Batch):
-                    self._batches.append(message)
-                else:
+                if isinstance(message, Cancel):
                     self._cancelled.update(message.job_ids)
+                else:
+                    self._orders.append(message)
                 self._arrived.notify()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from service.engines.packed import PackedModel
-from service.engines.protocol import DistilJob, EngineHealth, EngineState, Outcome, ScoreJob
+from service.engines.protocol import DistilJob, EngineHealth, EngineState, EngineUsage, Outcome, ScoreJob
 
 
 class DirectEngine:
@@ -26,5 +26,11 @@ class DirectEngine:
 
     def health(self) -> EngineHealth:
         return EngineHealth(EngineState.READY, "direct")
+
+    def usage(self) -> EngineUsage:
+        return self._model.usage()
+
+    def forget(self) -> None:
+        self._model.forget()
 
     async def close(self) -> None: ...

@@ -12,6 +12,7 @@ from service.engines.protocol import (
     EngineError,
     EngineHealth,
     EngineState,
+    EngineUsage,
     Job,
     Outcome,
     ScoreJob,
@@ -37,6 +38,8 @@ class EchoEngine:
         self.cancelled: list[int] = []
         self.error: Exception | None = None
         self.poisoned: dict[int, EngineError] = {}  # by job id
+        self.used = EngineUsage()
+        self.forgotten = 0
         self.closed = False
 
     async def start(self) -> None: ...
@@ -59,6 +62,12 @@ class EchoEngine:
 
     def health(self) -> EngineHealth:
         return EngineHealth(self.state, "echo")
+
+    def usage(self) -> EngineUsage:
+        return self.used
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     async def close(self) -> None:
         self.closed = True

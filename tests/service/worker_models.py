@@ -10,7 +10,7 @@ import numpy as np
 from models.features import Floats
 from models.packs import ScoringGroup
 from models.segments import Segment
-from service.engines.protocol import JobFailedError
+from service.engines.protocol import EngineUsage, JobFailedError
 
 ANSWER, SLEEP, DIE, HANG, FAIL = range(5)
 
@@ -40,6 +40,12 @@ class ObedientModel:
 
     def distil(self, jobs: Sequence[Sequence[Segment]]) -> list[Floats | JobFailedError]:
         return [self._obey(job[0].token_ids[0]) for job in jobs]
+
+    def usage(self) -> EngineUsage:
+        return EngineUsage(forwards=self._computed, memory_bytes=os.getpid(), device="cpu")
+
+    def forget(self) -> None:
+        self._computed += 1000  # seen by the next answer
 
     def _obey(self, order: int) -> Floats | JobFailedError:
         self._computed += 1
