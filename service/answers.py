@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-HistorySource = Literal["request", "bundle", "none"]
+# live: interactions since the bundle was made are part of it, behind what the bundle has or alone.
+HistorySource = Literal["request", "bundle", "live", "none"]
 
 
 class Message(BaseModel):
@@ -148,6 +149,23 @@ class RankResponse(_Answer):
     results: list[RankedItem]
 
 
+class InteractionsResponse(Message):
+    """What became of the interactions; those accepted are on disk."""
+
+    accepted: int
+    duplicates: int = Field(description="Known already, with the same content.")
+    forgotten: int = Field(description="Of users who were deleted since; they are not kept.")
+    request_id: str
+
+
+class DeletedResponse(Message):
+    """A user is forgotten."""
+
+    user_id: str
+    deleted_at: float = Field(description="UTC seconds; what the user did until then is forgotten, later things count.")
+    request_id: str
+
+
 class Problem(Message):
     """What is wrong, where, and how to mend it."""
 
@@ -199,6 +217,13 @@ class StoreReadiness(Message):
     detail: str
 
 
+class InteractionsReadiness(Message):
+    """Whether interactions are taken. Scores go on without."""
+
+    ready: bool
+    detail: str
+
+
 class Readiness(Message):
     """Whether a request would be scored now, and what stands in its way."""
 
@@ -207,3 +232,4 @@ class Readiness(Message):
     bundle_id: str
     engine: EngineReadiness
     store: StoreReadiness
+    interactions: InteractionsReadiness

@@ -11,7 +11,7 @@ from service.engines.protocol import EngineBrokenError
 from service.errors import install_error_handlers
 from service.intake import Intake
 from service.metrics.registry import build_version
-from service.routes import health, rank, score
+from service.routes import health, interactions, rank, score, users
 
 DESCRIPTION = """Scores clicks with a language model that knows the users and items (SeLLa-Rec).
 
@@ -27,6 +27,7 @@ def create_app(service: Collaborators, on_broken: Callable[[str], None] = lambda
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.interactions.start()
         await service.current.handle.engine.start()
         watch = asyncio.create_task(_watch(service, on_broken))
         yield
@@ -35,6 +36,7 @@ def create_app(service: Collaborators, on_broken: Callable[[str], None] = lambda
         with suppress(asyncio.CancelledError):
             await watch
         await service.current.close()
+        await service.interactions.close()
 
     app = FastAPI(
         title="sella", version=build_version(), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
@@ -42,7 +44,7 @@ def create_app(service: Collaborators, on_broken: Callable[[str], None] = lambda
     app.state.collaborators = service
     app.add_middleware(Intake, metrics=service.metrics, log=service.log)
     install_error_handlers(app, service.metrics, service.log)
-    for routes in (score, rank, health):
+    for routes in (score, rank, interactions, users, health):
         app.include_router(routes.router)
     return app
 

@@ -17,6 +17,7 @@ from models.tokens import TokenizerError
 from service.app import create_app
 from service.collaborators import Collaborators
 from service.current import CurrentBundle, open_handle
+from service.interactions.recorder import open_recorder
 from service.logs import configure_logs
 from service.metrics.registry import Metrics, build_version
 from service.settings import Settings, SettingsError, load_settings
@@ -59,7 +60,8 @@ def run(
         f"sella {build_version()}: bundle {opened.id[:12]} ({sizes.users} users, {sizes.items} items) on {url} - "
         f"the model is loading; {url}/readyz says when it is ready, {url}/docs what to send"
     )
-    reason = _serve(Collaborators(settings, current, metrics, log), listener, log)
+    interactions = open_recorder(settings, metrics, log)
+    reason = _serve(Collaborators(settings, current, metrics, log, interactions), listener, log)
     if reason:
         _give_up(reason)
 

@@ -5,20 +5,22 @@ from dataclasses import asdict, dataclass
 import structlog
 from fastapi import Request
 
-from service.answers import EngineReadiness, Readiness, StoreReadiness
+from service.answers import EngineReadiness, InteractionsReadiness, Readiness, StoreReadiness
 from service.current import CurrentBundle
+from service.interactions.recorder import Recorder
 from service.metrics.registry import Metrics
 from service.settings import Settings
 
 
 @dataclass(frozen=True)
 class Collaborators:
-    """One application's settings, bundle, metrics and log."""
+    """One application's settings, bundle, interactions, metrics and log."""
 
     settings: Settings
     current: CurrentBundle
     metrics: Metrics
     log: structlog.stdlib.BoundLogger
+    interactions: Recorder
 
     async def readiness(self) -> Readiness:
         """Return whether a request would be scored now."""
@@ -31,6 +33,7 @@ class Collaborators:
                 bundle_id=handle.bundle_id,
                 engine=EngineReadiness(state=engine.state, detail=engine.detail, restarts=engine.restarts),
                 store=StoreReadiness(**asdict(store)),
+                interactions=InteractionsReadiness(**asdict(self.interactions.health())),
             )
 
 

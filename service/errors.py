@@ -13,6 +13,7 @@ from service.admission import QueueFullError
 from service.answers import ErrorResponse, Problem
 from service.batcher import DeadlineExceededError
 from service.engines.protocol import EngineError, EngineUnavailableError, JobDroppedError
+from service.interactions.writer import LogUnavailableError
 from service.metrics.registry import Metrics
 
 MAX_MESSAGE = 300
@@ -42,6 +43,13 @@ class DuplicateCandidateError(RequestError):
     """A candidate that stands twice in a /rank request."""
 
     code = "duplicate_candidate"
+
+
+class ConflictError(RequestError):
+    """An event id that is in the log with other content."""
+
+    status = 409
+    code = "event_conflict"
 
 
 class LimitError(RequestError):
@@ -123,7 +131,7 @@ def install_error_handlers(app: FastAPI, metrics: Metrics, log: structlog.stdlib
     app.add_exception_handler(RequestError, refused_for_content)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    for kind in (QueueFullError, DeadlineExceededError, EngineError, ClientGoneError):
+    for kind in (QueueFullError, DeadlineExceededError, EngineError, ClientGoneError, LogUnavailableError):
         app.add_exception_handler(kind, overloaded)
 
 
@@ -137,6 +145,9 @@ def _refusal(error: Exception) -> tuple[int, str, str, str, int | None]:
         return 504, "deadline_exceeded", "deadline", message, None
     if isinstance(error, EngineUnavailableError):
         return 503, "not_ready", "not_ready", "the engine is not ready; /readyz says when it is", RETRY_LATER_S
+    if isinstance(error, LogUnavailableError):
+        message = "interactions cannot be written to disk now; nothing was taken, send the same event ids again"
+        return 503, "log_unavailable", "log_unavailable", message, RETRY_LATER_S
     if isinstance(error, ClientGoneError):
         return 499, "client_gone", "client_gone", "the client closed the connection", None
     return 503, "scoring_failed", "scoring_failed", "the model gave no usable score for this request", RETRY_LATER_S

@@ -13,6 +13,7 @@ from models.template import Template
 from service.answers import HistorySource, Skipped
 from service.errors import DuplicateCandidateError, LimitError, UnknownItemError
 from service.features.protocol import Features, Query
+from service.interactions.live import LiveUser
 from service.schemas import ItemRef, OnUnknown, RankRequest, ScoreRequest
 from service.settings import Settings
 
@@ -101,9 +102,16 @@ def questions_of_score(request: ScoreRequest, settings: Settings) -> tuple[list[
     return questions, places
 
 
-def query(questions: Sequence[Question], template: Template) -> Query:
-    """Return what to look up: the users, the candidates, and those history entries that the prompt shows."""
+def query(questions: Sequence[Question], template: Template, live: Mapping[str, LiveUser] | None = None) -> Query:
+    """Return what to look up: the users, the candidates, and those history entries that the prompt shows.
+
+    `live` is what this server's own log knows of the users.
+    """
     items = {one.item_id for question in questions for one in question.candidates}
+    if live and (shown := template.config.max_history):
+        stored = {question.user_id for question in questions if question.history is None}
+        # No like before a user's last `max_history` can be in the window, whatever else is known of the user.
+        items.update(like.item_id for one in stored & live.keys() for like in live[one].likes[-shown:])
     for question in questions:
         if question.history is not None:
             items.update(one.item_id for one in _window(question.history, template))
@@ -115,20 +123,29 @@ def query(questions: Sequence[Question], template: Template) -> Query:
 
 
 def resolve(
-    questions: Sequence[Question], found: Features, template: Template, on_unknown: OnUnknown
+    questions: Sequence[Question],
+    found: Features,
+    template: Template,
+    on_unknown: OnUnknown,
+    live: frozenset[str] = frozenset(),
 ) -> tuple[list[Resolved], list[Skipped]]:
-    """Join questions with what was found.
+    """Join questions with what was found; the histories of users in `live` have live likes in them.
 
     Raises:
         UnknownItemError: an item is not in the catalogue and has no title, and `on_unknown` is "error".
     """
     skipped: list[Skipped] = []
-    resolved = [_resolve(question, found, template, on_unknown, skipped) for question in questions]
+    resolved = [_resolve(question, found, template, on_unknown, skipped, live) for question in questions]
     return resolved, skipped
 
 
 def _resolve(
-    question: Question, found: Features, template: Template, on_unknown: OnUnknown, skipped: list[Skipped]
+    question: Question,
+    found: Features,
+    template: Template,
+    on_unknown: OnUnknown,
+    skipped: list[Skipped],
+    live: frozenset[str],
 ) -> Resolved:
     user = found.users.get(question.user_id)
     source: HistorySource
@@ -138,7 +155,8 @@ def _resolve(
         history_ids = frozenset(one.item_id for one in question.history)
         window = [_find(one, found.items, on_unknown, skipped) for one in told]
     else:
-        source, total = ("bundle", user.history_total) if user is not None and user.history_total else ("none", 0)
+        total = 0 if user is None else user.history_total
+        source = "none" if not total else "live" if question.user_id in live else "bundle"
         stored = user.history if user is not None else ()
         history_ids = frozenset(stored)
         # The client did not send these, so an item that left the catalogue is dropped and counted, not an error.

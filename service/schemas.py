@@ -1,6 +1,8 @@
 """The bodies of requests. What a body may hold is decided here; how much of it, by the settings."""
 
+import math
 import unicodedata
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +23,10 @@ from models.ids import MAX_ID_LENGTH, canonical_id
 
 # C0 and C1 controls, surrogates, line and paragraph separators: a title is one printable line.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+# Seconds of the years 1 to 9999, as in data folders.
+EARLIEST = datetime(1, 1, 1, tzinfo=UTC).timestamp()
+LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
 def _id(value: object) -> str:
@@ -45,6 +51,39 @@ def _printable_line(value: str) -> str:
     return value
 
 
+def _label(value: object) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise PydanticCustomError("label", "a label is true, false, 1, 0 or null")
+
+
+def _timestamp(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise PydanticCustomError(
+            "timestamp_type", "a timestamp is a number or ISO 8601 text; this is a {kind}", {"kind": _kind(value)}
+        )
+    try:
+        seconds = _seconds(value)
+    except (ValueError, OverflowError):
+        seconds = math.nan
+    if not EARLIEST <= seconds <= LATEST:
+        raise PydanticCustomError(
+            "timestamp",
+            "a timestamp is UTC seconds (not milliseconds) or ISO 8601, as in 1700000000 or 2023-11-14T22:13:20Z",
+        )
+    return seconds
+
+
+def _seconds(value: str | float) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        moment = datetime.fromisoformat(str(value))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
 def _kind(value: object) -> str:
     names = {bool: "boolean", float: "fraction", list: "list", dict: "object", type(None): "null"}
     return names.get(type(value), type(value).__name__)
@@ -58,6 +97,26 @@ _ID_SCHEMA: dict[str, Any] = {
 Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
 Title = Annotated[str, AfterValidator(_printable_line)]
 OnUnknown = Literal["error", "skip"]
+Label = Annotated[
+    bool | None,
+    BeforeValidator(_label),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": "boolean"}, {"type": "integer", "enum": [0, 1]}, {"type": "null"}],
+            "description": "What came of it; null or absent while nothing is known.",
+        }
+    ),
+]
+Timestamp = Annotated[
+    float,
+    BeforeValidator(_timestamp),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": "number"}, {"type": "string", "minLength": 1, "maxLength": 64}],
+            "description": "When, by the client: UTC seconds since 1970, or ISO 8601; without a zone it is UTC.",
+        }
+    ),
+]
 
 
 class _Body(BaseModel):
@@ -154,3 +213,55 @@ class RankRequest(_Body):
     on_unknown: OnUnknown = Field(
         default="error", description="What to do with an item that is not in the catalogue and has no title."
     )
+
+
+class InteractionEvent(_Body):
+    """An item was shown to a user, or what came of it, or both."""
+
+    event_id: Id = Field(description="The event's own; sent again with the same content it counts once.")
+    user_id: Id
+    item_id: Id
+    label: Label = None
+    timestamp: Timestamp
+    request_id: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._:-]{1,64}$",
+        description="The request_id of the answer that showed the item: what an impression and its outcome share.",
+    )
+    position: StrictInt | None = Field(
+        default=None, ge=0, le=1_000_000, description="Its place there: `index` of /score, `rank` of /rank."
+    )
+
+
+class InteractionsRequest(_Body):
+    """Interactions, taken all together or not at all."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "interactions": [
+                        {
+                            "event_id": "e1",
+                            "user_id": "u1",
+                            "item_id": "i7",
+                            "timestamp": 1700000000,
+                            "request_id": "5f1c",
+                            "position": 1,
+                        },
+                        {
+                            "event_id": "e2",
+                            "user_id": "u1",
+                            "item_id": "i7",
+                            "label": True,
+                            "timestamp": "2023-11-14T22:13:29Z",
+                            "request_id": "5f1c",
+                            "position": 1,
+                        },
+                    ]
+                }
+            ]
+        }
+    )
+
+    interactions: list[InteractionEvent] = Field(min_length=1)

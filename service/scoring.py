@@ -5,7 +5,7 @@ Shapes: K candidates of a group, N titles, D = d_L.
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,8 +15,18 @@ from models.packs import ScoringGroup
 from service.answers import HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
 from service.current import BundleHandle
+from service.features.protocol import Features
+from service.interactions.histories import merge_all
+from service.interactions.live import LiveUser
 from service.questions import PromptItem, Question, Resolved, query, resolve
 from service.schemas import OnUnknown
+
+LiveLookup = Callable[[frozenset[str]], Awaitable[Mapping[str, LiveUser]]]
+
+
+async def nothing_live(user_ids: frozenset[str]) -> Mapping[str, LiveUser]:
+    """Know nothing of any user beyond the bundle."""
+    return {}
 
 
 @dataclass
@@ -73,9 +83,16 @@ class _Prompt:
 
 
 async def score(
-    questions: Sequence[Question], handle: BundleHandle, on_unknown: OnUnknown, deadline: float, timings: Timings
+    questions: Sequence[Question],
+    handle: BundleHandle,
+    on_unknown: OnUnknown,
+    deadline: float,
+    timings: Timings,
+    live: LiveLookup = nothing_live,
 ) -> tuple[list[Answer], list[Skipped]]:
     """Score every candidate of every question with one bundle; `deadline` is `time.monotonic()` seconds.
+
+    `live` tells what this server's own log knows of users.
 
     Raises:
         UnknownItemError: an item is not in the catalogue and has no title.
@@ -84,13 +101,26 @@ async def score(
     template = handle.assembler.template
     handle.batcher.check(*_size(questions), deadline)
     with timings.leg("lookup"):
-        found = await handle.store.look_up(handle.bundle_id, query(questions, template))
-    resolved, skipped = resolve(questions, found, template, on_unknown)
+        found, with_likes = await _look_up(questions, handle, live)
+    resolved, skipped = resolve(questions, found, template, on_unknown, with_likes)
     resolved = await _distil_unknown(resolved, handle, deadline, timings)
     with timings.leg("assemble"):
         prompts = await _assemble(resolved, found.users, handle.assembler)
     raw = await _compute([one.group for one in prompts if one.group is not None], handle, deadline, timings)
     return _answers(prompts, raw, handle), skipped
+
+
+async def _look_up(
+    questions: Sequence[Question], handle: BundleHandle, live: LiveLookup
+) -> tuple[Features, frozenset[str]]:
+    """Return what is known, users with their live histories, and whose histories have live likes in them."""
+    # The log first: its likes are looked up in the same round trip as everything else.
+    logged = await live(frozenset(question.user_id for question in questions))
+    asked = query(questions, handle.assembler.template, logged)
+    found = await handle.store.look_up(handle.bundle_id, asked)
+    merged = merge_all(asked.user_ids, found.users, found.live, logged)
+    users = {one: user.features for one, user in merged.items() if user.features is not None}
+    return replace(found, users=users), frozenset(one for one, user in merged.items() if user.likes)
 
 
 def _size(questions: Sequence[Question]) -> tuple[int, int]:

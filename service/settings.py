@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "SELLA_"
@@ -146,12 +146,45 @@ class Settings(BaseSettings):
     max_body: int = Field(
         default=1_048_576, ge=1024, description="Bytes of one body; 1,000 candidates with long titles fit in it."
     )
+    interactions: Path | None = Field(
+        default=None,
+        description="The log of interactions, an SQLite file that one server writes. Unset: interactions.sqlite beside"
+        " the bundle's folder, so that it outlives a bundle.",
+    )
+    attribution_s: float = Field(
+        default=3600.0,
+        gt=0,
+        le=30 * DAY_S,
+        description="How long an impression waits for its outcome before it counts as a negative. An hour: a click"
+        " comes within the visit that showed the item, and visits seldom last longer.",
+    )
+    retention_days: float = Field(
+        default=90.0,
+        gt=0,
+        le=3650,
+        description="How long interactions are kept, and so how long a repeated event id is known for one; older ones"
+        " are refused. A quarter: a bundle trained at least monthly has all that it could still learn from.",
+    )
+    max_interactions: int = Field(
+        default=1000, ge=1, description="Interactions of one request; as many as a /score request has pairs."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="info logs one line a scored request, without titles or user ids."
     )
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="auto: readable lines on a terminal, JSON lines anywhere else."
     )
+
+    @model_validator(mode="after")
+    def _attribution_within_retention(self) -> Self:
+        if self.attribution_s > self.retention_days * DAY_S:
+            raise ValueError("attribution_s is longer than retention_days; an impression must outlive its window")
+        return self
+
+    @property
+    def interactions_file(self) -> Path:
+        """Where the log of interactions is."""
+        return self.interactions or self.bundle.absolute().parent / "interactions.sqlite"
 
     @field_validator("vllm_weights")
     @classmethod

@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from service.metrics.interactions import InteractionMetrics
+
 LEGS = ("lookup", "assemble", "queue", "forward", "total")
 
 # From a warm GPU's millisecond to the longest deadline that a request may ask for.
@@ -27,6 +29,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        self.interactions = InteractionMetrics(registry)
         self._requests = Counter("sella_requests_total", "Requests answered.", ["route", "outcome"], registry=registry)
         self._legs = Histogram(
             "sella_leg_seconds", "Time of each leg of a scored request.", ["leg"], buckets=_SECONDS, registry=registry

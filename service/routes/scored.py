@@ -82,7 +82,7 @@ async def score_for(
         try:
             async with asyncio.timeout(timeout_s):
                 deadline = time.monotonic() + timeout_s
-                work = score(questions, handle, on_unknown, deadline, timings)
+                work = score(questions, handle, on_unknown, deadline, timings, service.interactions.live)
                 answers, skipped = await _while_connected(request, work)
         except TimeoutError as error:
             raise DeadlineExceededError(f"not scored within {timeout_s:g} s") from error
@@ -127,6 +127,7 @@ def _record(service: Collaborators, request: Request, questions: Sequence[Questi
     unknown_items = sum(item.unknown_item for item in items)
     route: str = request.scope["route"].path
     service.metrics.scored(route, asked, scored.seconds)
+    service.metrics.interactions.live(sum(answer.history.source == "live" for answer in scored.answers))
     service.metrics.cold(len(cold_users), cold_items, unknown_items)
     service.log.info(
         "scored",

@@ -13,6 +13,7 @@ from service.collaborators import Collaborators
 from service.current import BundleHandle, CurrentBundle
 from service.engines.protocol import Engine
 from service.features.embedded import EmbeddedStore
+from service.interactions.recorder import open_recorder
 from service.metrics.registry import Metrics
 from service.settings import Settings
 from tests.service.echo import EchoEngine
@@ -44,7 +45,9 @@ def collaborators(bundle: Bundle, engine: Engine, **settings: object) -> Collabo
         engine=engine,
         batcher=Batcher(engine, limits, on_queue=metrics.queued),
     )
-    return Collaborators(chosen, CurrentBundle(handle), metrics, structlog.get_logger())
+    log = structlog.get_logger()
+    recorder = open_recorder(chosen, metrics, log)
+    return Collaborators(chosen, CurrentBundle(handle), metrics, log, recorder)
 
 
 def client_of(service: Collaborators) -> httpx.AsyncClient:

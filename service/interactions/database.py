@@ -1,0 +1,204 @@
+"""The log's database file: its tables, opened by one process at a time, and never made anew where one is damaged."""
+
+import fcntl
+import os
+import sqlite3
+import uuid
+from pathlib import Path
+
+APPLICATION_ID = 0x5E11A106
+FORMAT = 1
+BUSY_S = 5.0  # readers never block a writer in WAL mode; a backup's checkpoint may for a moment
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
+-- What was acknowledged, in order. `received` is the server's time and never falls with seq.
+CREATE TABLE entries (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL,
+    event_id TEXT NOT NULL,
+    user_id TEXT NOT NULL,
+    item_id TEXT NOT NULL,
+    label INTEGER,
+    timestamp REAL NOT NULL,
+    request_id TEXT,
+    position INTEGER,
+    received REAL NOT NULL
+);
+CREATE INDEX entries_event ON entries (event_id) WHERE kind = 'event';
+CREATE INDEX entries_user ON entries (user_id);
+CREATE INDEX entries_received ON entries (received) WHERE kind != 'deletion';
+CREATE TABLE size (entries INTEGER NOT NULL);
+INSERT INTO size VALUES (0);
+CREATE TRIGGER entry_in AFTER INSERT ON entries BEGIN UPDATE size SET entries = entries + 1; END;
+CREATE TRIGGER entry_out AFTER DELETE ON entries BEGIN UPDATE size SET entries = entries - 1; END;
+
+-- What follows from the entries. state: 0 pending, 1 negative, 2 positive.
+CREATE TABLE impressions (
+    impression_id TEXT PRIMARY KEY,
+    user_id TEXT NOT NULL,
+    item_id TEXT NOT NULL,
+    state INTEGER NOT NULL,
+    shown REAL NOT NULL,
+    due REAL NOT NULL,
+    first_seq INTEGER NOT NULL,
+    last_seq INTEGER NOT NULL,
+    like_timestamp REAL,
+    like_event_id TEXT
+) WITHOUT ROWID;
+CREATE INDEX impressions_due ON impressions (due) WHERE state = 0;
+CREATE INDEX impressions_user ON impressions (user_id);
+CREATE TABLE likes (
+    user_id TEXT NOT NULL,
+    timestamp REAL NOT NULL,
+    event_id TEXT NOT NULL,
+    item_id TEXT NOT NULL,
+    PRIMARY KEY (user_id, timestamp, event_id)
+) WITHOUT ROWID;
+CREATE TABLE counts (
+    of TEXT NOT NULL,
+    id TEXT NOT NULL,
+    impressions INTEGER NOT NULL,
+    positives INTEGER NOT NULL,
+    PRIMARY KEY (of, id)
+) WITHOUT ROWID;
+CREATE TABLE deletions (user_id TEXT PRIMARY KEY, deleted_at REAL NOT NULL) WITHOUT ROWID;
+"""
+
+
+class LogFileError(Exception):
+    """A file that cannot be used as the log: damaged, of another kind, or held by another process."""
+
+
+class FileLock:
+    """Holds a log for one process. The system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            LogFileError: another process holds it.
+            OSError: the lock's file cannot be made.
+        """
+        # A file of its own: SQLite drops its locks when any other descriptor of the database is closed.
+        self._descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise LogFileError(
+                f"{path}: another process writes this log; give each server a SELLA_INTERACTIONS of its own"
+            ) from error
+
+    def release(self) -> None:
+        """Let go."""
+        os.close(self._descriptor)
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open the log's database for writing; make it if there is none.
+
+    Every commit is on disk when it returns. Deleted rows are overwritten with zeros. The connection may be used from
+    any one thread.
+
+    Raises:
+        LogFileError: it is damaged or something else; it is left as it is.
+        sqlite3.Error, OSError: it cannot be opened now.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # nobody else reads what users do
+    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    try:
+        _check(connection, path)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA secure_delete = ON")
+        if _pragma(connection, "application_id") == 0:
+            _create(connection)
+    except sqlite3.OperationalError:
+        connection.close()
+        raise
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise _damaged(path, str(error)) from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """Open a log beside the process that writes it.
+
+    Raises:
+        LogFileError: there is none, or it is damaged or something else.
+    """
+    if not path.is_file():
+        raise LogFileError(f"{path}: no such file; give the log that SELLA_INTERACTIONS names")
+    connection: sqlite3.Connection | None = None
+    try:
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_S, isolation_level=None
+        )
+        _check_kind(connection, path)
+        if _pragma(connection, "application_id") == 0:
+            raise LogFileError(f"{path}: is empty; give the log that SELLA_INTERACTIONS names")
+    except (sqlite3.DatabaseError, LogFileError) as error:
+        if connection is not None:
+            connection.close()
+        raise error if isinstance(error, LogFileError) else _damaged(path, str(error)) from error
+    return connection
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    _check_kind(connection, path)
+    [verdict] = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise _damaged(path, verdict)
+
+
+def _check_kind(connection: sqlite3.Connection, path: Path) -> None:
+    application, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
+    [tables] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application == 0 and tables == 0:
+        return
+    if application != APPLICATION_ID:
+        raise LogFileError(f"{path}: is a database of something else; set SELLA_INTERACTIONS to another path")
+    if version != FORMAT:
+        raise LogFileError(f"{path}: is a log of format {version}, this version writes {FORMAT}; move it away")
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in _statements(_TABLES):
+            connection.execute(statement)
+        connection.execute("INSERT INTO meta VALUES ('log_id', ?)", (uuid.uuid4().hex,))
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {FORMAT}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _statements(script: str) -> list[str]:
+    # `executescript` would commit what came before it.
+    found, rest = [], ""
+    for line in script.splitlines(keepends=True):
+        rest += line
+        if sqlite3.complete_statement(rest):
+            found.append(rest)
+            rest = ""
+    return found
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    [value] = connection.execute(f"PRAGMA {name}").fetchone()
+    return int(value)
+
+
+def _damaged(path: Path, detail: str) -> LogFileError:
+    first = detail.splitlines()[-1] if detail else "damaged"
+    return LogFileError(f"{path}: is damaged ({first}); put a backup in its place, or move it away to begin anew")

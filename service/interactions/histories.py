@@ -1,0 +1,83 @@
+"""The history to score with: the bundle's, and the likes that came since.
+
+The rules. A like that the bundle has already (the same item at the same time: the bundle was trained on an export of
+the log) is not doubled. Every other like stands where its time says, after stored ones of the same time. One that is
+older than the stored tail begins the history if the tail is the whole of it; if there was more before the tail, that
+like may be counted in the stored total already, and no window reaches that far: it is left out. The total grows by what
+was inserted. Of a deleted user the bundle's part is not used, and of the likes those after the deletion alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from models.features import UserFeatures
+from service.interactions.live import Like, LiveUser
+
+NOBODY = LiveUser()
+
+
+@dataclass(frozen=True, slots=True)
+class MergedUser:
+    """A user to score with, None for one that nothing is known of; and how many live likes are in the history."""
+
+    features: UserFeatures | None
+    likes: int
+
+
+def merge_all(
+    user_ids: frozenset[str], stored: Mapping[str, UserFeatures], *live: Mapping[str, LiveUser]
+) -> dict[str, MergedUser]:
+    """Merge what the bundle has of each user with what each of several sources has come to know since."""
+    return {
+        one: merged(one, stored.get(one), united(*(source[one] for source in live if one in source)))
+        for one in user_ids
+    }
+
+
+def united(*live: LiveUser) -> LiveUser:
+    """Return what several sources know of one user: each event once, the latest deletion."""
+    if len(live) == 1:
+        return live[0]
+    likes = {like.event_id: like for one in live for like in one.likes}
+    deleted = [one.deleted_at for one in live if one.deleted_at is not None]
+    return LiveUser(tuple(sorted(likes.values())), max(deleted, default=None))
+
+
+def merged(user_id: str, stored: UserFeatures | None, live: LiveUser) -> MergedUser:
+    """Return the user to score with, by the rules above."""
+    likes = live.likes
+    if live.deleted_at is not None:
+        stored = None
+        likes = tuple(like for like in likes if like.timestamp > live.deleted_at)
+    if stored is None:
+        stored = UserFeatures(user_id, None, (), (), 0)
+        if not likes:
+            return MergedUser(None, 0)
+    known = set(zip(stored.history, stored.history_times, strict=True))
+    new = [like for like in likes if (like.item_id, like.timestamp) not in known]
+    places = [(_place(like, stored.history_times), like) for like in new]
+    whole = stored.history_total == len(stored.history)
+    if not whole:
+        # At the very time of the tail's first it cannot be told from those before the tail.
+        begin = stored.history_times[0] if stored.history_times else float("inf")
+        places = [(place, like) for place, like in places if place > 0 and like.timestamp > begin]
+    if not places:
+        return MergedUser(stored, 0)
+    history, times = _inserted(stored, places)
+    total = stored.history_total + len(places)
+    return MergedUser(UserFeatures(user_id, stored.vector_C, history, times, total), len(places))
+
+
+def _place(like: Like, times: tuple[float, ...]) -> int:
+    """Return how many stored likes stand before; their order is the bundle's, whose splits may overlap in time."""
+    return next((place for place in range(len(times), 0, -1) if times[place - 1] <= like.timestamp), 0)
+
+
+def _inserted(stored: UserFeatures, places: list[tuple[int, Like]]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    entries = [
+        (index + 1, 0, time, "", item)
+        for index, (item, time) in enumerate(zip(stored.history, stored.history_times, strict=True))
+    ]
+    entries += [(place, 1, like.timestamp, like.event_id, like.item_id) for place, like in places]
+    entries.sort()
+    return tuple(entry[4] for entry in entries), tuple(entry[2] for entry in entries)

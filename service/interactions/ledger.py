@@ -1,0 +1,308 @@
+"""The rules of the log: what an interaction changes, within the transaction of whoever calls.
+
+The entries are the truth; impressions, likes and counts follow from them, in whatever order they come. An impression is
+pending, then negative or positive; positive is final. Its like is its earliest positive event.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from service.interactions.event import EntryKind, Interaction, LogEntry
+from service.interactions.live import MAX_LIKES, Like, LiveUser
+
+Verdict = Literal["accepted", "duplicate", "forgotten"]
+CountOf = Literal["user", "item"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+PENDING, NEGATIVE, POSITIVE = 0, 1, 2
+
+_ENTRY = "seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position"
+
+
+class EventConflictError(Exception):
+    """An event id that stands in the log with other content."""
+
+    def __init__(self, index: int, event_id: str) -> None:
+        super().__init__(f"event {event_id[:40]!r} is in the log with other content; give a new event an id of its own")
+        self.index = index
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """An impression that has become negative or positive."""
+
+    interaction: Interaction
+    positive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a batch, one verdict an interaction in its order; `seq` is the log's last afterwards."""
+
+    verdicts: tuple[Verdict, ...]
+    resolved: tuple[Resolved, ...]
+    seq: int
+
+
+class Counts(NamedTuple):
+    """Impressions with a known outcome, and those of them that were positive."""
+
+    impressions: int
+    positives: int
+
+
+class Ledger:
+    """One open log, used by one thread."""
+
+    def __init__(self, connection: sqlite3.Connection, attribution_s: float) -> None:
+        self._db = connection
+        self._attribution_s = attribution_s
+        self.log_id = str(self._value("SELECT value FROM meta WHERE key = 'log_id'"))
+
+    def take(self, batch: Sequence[Interaction], received: float) -> Taken:
+        """Append what is new of a batch.
+
+        Raises:
+            EventConflictError: an event id stands with other content; the caller rolls back.
+        """
+        verdicts: list[Verdict] = []
+        resolved: list[Resolved] = []
+        for index, one in enumerate(batch):
+            verdict = self._judge(index, one)
+            verdicts.append(verdict)
+            if verdict == "accepted":
+                resolved += self._append("event", one, received)
+        return Taken(tuple(verdicts), tuple(resolved), self.last_seq())
+
+    def expire(self, now: float, limit: int) -> tuple[Resolved, ...]:
+        """Make negatives of impressions whose attribution window has passed, the longest waiting first."""
+        due = self._db.execute(
+            f"SELECT {', '.join('entries.' + name for name in _ENTRY.split(', '))} FROM impressions"
+            " JOIN entries ON entries.seq = first_seq WHERE state = 0 AND due <= ? ORDER BY due LIMIT ?",
+            (now, limit),
+        ).fetchall()
+        resolved: list[Resolved] = []
+        for row in due:
+            resolved += self._append("expiry", _entry(row).interaction, now)
+        return tuple(resolved)
+
+    def delete(self, user_id: str, deleted_at: float, received: float) -> int:
+        """Forget what a user did up to `deleted_at`, leave a tombstone, and return its seq."""
+        tombstone = Interaction("", user_id, "", None, deleted_at)
+        # Older tombstones go as well: the newest says all.
+        self._db.execute("DELETE FROM entries WHERE user_id = ? AND timestamp <= ?", (user_id, deleted_at))
+        seq = self._insert("deletion", tombstone, received)
+        self._db.execute(
+            "INSERT INTO deletions VALUES (?, ?) ON CONFLICT DO UPDATE SET"
+            " deleted_at = max(deleted_at, excluded.deleted_at)",
+            (user_id, deleted_at),
+        )
+        self._rebuild(user_id)
+        return seq
+
+    def newest_timestamp(self, user_id: str) -> float | None:
+        """Return the latest time that any entry of a user names."""
+        newest: float | None = self._value("SELECT max(timestamp) FROM entries WHERE user_id = ?", user_id)
+        return newest
+
+    def prune(self, before: float, limit: int) -> int:
+        """Drop the oldest entries, received and dated before a moment, with what follows from them; tombstones stay."""
+        old = self._db.execute(
+            f"SELECT {_ENTRY} FROM entries WHERE kind != 'deletion' AND received < ? AND timestamp < ?"
+            " ORDER BY received, seq LIMIT ?",
+            (before, before, limit),
+        ).fetchall()
+        for entry in map(_entry, old):
+            one = entry.interaction
+            self._db.execute(
+                "DELETE FROM impressions WHERE impression_id = ? AND last_seq <= ?", (one.impression_id, entry.seq)
+            )
+            if one.label:
+                self._db.execute(
+                    "DELETE FROM likes WHERE user_id = ? AND timestamp = ? AND event_id = ?",
+                    (one.user_id, one.timestamp, one.event_id),
+                )
+            self._db.execute("DELETE FROM entries WHERE seq = ?", (entry.seq,))
+        return len(old)
+
+    def probe(self) -> None:
+        """Write something that changes nothing: it fails where an interaction would."""
+        self._db.execute("UPDATE size SET entries = entries")
+
+    def read(self, after: int, limit: int) -> list[LogEntry]:
+        """Return entries behind a seq, in order."""
+        rows = self._db.execute(f"SELECT {_ENTRY} FROM entries WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+        return [_entry(row) for row in rows]
+
+    def last_seq(self) -> int:
+        """Return the last seq ever given; 0 for none."""
+        return int(self._value("SELECT seq FROM sqlite_sequence WHERE name = 'entries'") or 0)
+
+    def last_received(self) -> float:
+        """Return when the newest entry was received; 0 for none."""
+        return float(self._value("SELECT received FROM entries ORDER BY seq DESC LIMIT 1") or 0.0)
+
+    def entries(self) -> int:
+        """Return how many entries the log holds."""
+        return int(self._value("SELECT entries FROM size"))
+
+    def deletions(self) -> dict[str, float]:
+        """Return when each deleted user was deleted."""
+        return dict(self._db.execute("SELECT user_id, deleted_at FROM deletions"))
+
+    def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
+        """Return likes and deletion of those users of whom there is either."""
+        found = {}
+        for user_id in user_ids:
+            likes = tuple(
+                Like(*row)
+                for row in self._db.execute(
+                    "SELECT timestamp, event_id, item_id FROM likes WHERE user_id = ? ORDER BY timestamp, event_id",
+                    (user_id,),
+                )
+            )
+            deleted_at = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", user_id)
+            if likes or deleted_at is not None:
+                found[user_id] = LiveUser(likes, deleted_at)
+        return found
+
+    def counts(self, of: CountOf, ids: Iterable[str]) -> dict[str, Counts]:
+        """Return the counts of users or items; those never counted are missing."""
+        found = {}
+        for one in ids:
+            row = self._db.execute("SELECT impressions, positives FROM counts WHERE of = ? AND id = ?", (of, one))
+            if counted := row.fetchone():
+                found[one] = Counts(*counted)
+        return found
+
+    def _judge(self, index: int, one: Interaction) -> Verdict:
+        deleted_at = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", one.user_id)
+        if deleted_at is not None and one.timestamp <= deleted_at:
+            return "forgotten"
+        known = self._db.execute(
+            f"SELECT {_ENTRY} FROM entries WHERE event_id = ? AND kind = 'event'", (one.event_id,)
+        ).fetchall()
+        if not known:
+            return "accepted"
+        before = [_entry(row).interaction for row in known]
+        if any(_content(each) != _content(one) for each in before):
+            raise EventConflictError(index, one.event_id)
+        labels = {each.label for each in before}
+        # A label where there was none is the outcome; none where there is a label says nothing new.
+        if one.label is None or one.label in labels:
+            return "duplicate"
+        if labels == {None}:
+            return "accepted"
+        raise EventConflictError(index, one.event_id)
+
+    def _append(self, kind: EntryKind, one: Interaction, received: float) -> list[Resolved]:
+        seq = self._insert(kind, one, received)
+        return self._advance(seq, kind, one, received, items=True)
+
+    def _insert(self, kind: EntryKind, one: Interaction, received: float) -> int:
+        cursor = self._db.execute(
+            "INSERT INTO entries (kind, event_id, user_id, item_id, label, timestamp, request_id, position, received)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                kind,
+                one.event_id,
+                one.user_id,
+                one.item_id,
+                one.label,
+                one.timestamp,
+                one.request_id,
+                one.position,
+                received,
+            ),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def _advance(self, seq: int, kind: EntryKind, one: Interaction, received: float, *, items: bool) -> list[Resolved]:
+        """Move an impression on by one entry; `items` is whether its item is counted, too."""
+        unknown = NEGATIVE if kind == "expiry" else PENDING
+        arrived = unknown if one.label is None else POSITIVE if one.label else NEGATIVE
+        row = self._db.execute("SELECT state FROM impressions WHERE impression_id = ?", (one.impression_id,)).fetchone()
+        before = PENDING if row is None else row[0]
+        after = max(before, arrived)
+        self._db.execute(
+            "INSERT INTO impressions VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL) ON CONFLICT DO UPDATE SET"
+            " state = excluded.state, shown = min(shown, excluded.shown), last_seq = excluded.last_seq",
+            (
+                one.impression_id,
+                one.user_id,
+                one.item_id,
+                after,
+                one.timestamp,
+                received + self._attribution_s,
+                seq,
+                seq,
+            ),
+        )
+        self._count("user", one.user_id, before, after)
+        if items:
+            self._count("item", one.item_id, before, after)
+        if arrived == POSITIVE:
+            self._like(one)
+        return [Resolved(one, after == POSITIVE)] if before == PENDING != after else []
+
+    def _count(self, of: CountOf, one: str, before: int, after: int) -> None:
+        impressions, positives = int(before == PENDING != after), int(before != POSITIVE == after)
+        if impressions or positives:
+            self._db.execute(
+                "INSERT INTO counts VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+                " impressions = impressions + excluded.impressions, positives = positives + excluded.positives",
+                (of, one, impressions, positives),
+            )
+
+    def _like(self, one: Interaction) -> None:
+        """Make an impression's earliest positive event its like, whichever came first."""
+        [timestamp, event_id] = self._db.execute(
+            "SELECT like_timestamp, like_event_id FROM impressions WHERE impression_id = ?", (one.impression_id,)
+        ).fetchone()
+        if event_id is not None:
+            if (timestamp, event_id) <= (one.timestamp, one.event_id):
+                return
+            self._db.execute(
+                "DELETE FROM likes WHERE user_id = ? AND timestamp = ? AND event_id = ?",
+                (one.user_id, timestamp, event_id),
+            )
+        self._db.execute(
+            "UPDATE impressions SET like_timestamp = ?, like_event_id = ? WHERE impression_id = ?",
+            (one.timestamp, one.event_id, one.impression_id),
+        )
+        self._db.execute(
+            "INSERT OR IGNORE INTO likes VALUES (?, ?, ?, ?)", (one.user_id, one.timestamp, one.event_id, one.item_id)
+        )
+        self._db.execute(
+            "DELETE FROM likes WHERE user_id = ?1 AND (timestamp, event_id) IN (SELECT timestamp, event_id FROM likes"
+            " WHERE user_id = ?1 ORDER BY timestamp DESC, event_id DESC LIMIT -1 OFFSET ?2)",
+            (one.user_id, MAX_LIKES),
+        )
+
+    def _rebuild(self, user_id: str) -> None:
+        """Derive anew what follows from a user's entries; the items keep what was counted."""
+        self._db.execute("DELETE FROM impressions WHERE user_id = ?", (user_id,))
+        self._db.execute("DELETE FROM likes WHERE user_id = ?", (user_id,))
+        self._db.execute("DELETE FROM counts WHERE of = 'user' AND id = ?", (user_id,))
+        left = self._db.execute(
+            f"SELECT {_ENTRY}, received FROM entries WHERE user_id = ? AND kind != 'deletion' ORDER BY seq", (user_id,)
+        ).fetchall()
+        for *row, received in left:
+            entry = _entry(row)
+            self._advance(entry.seq, entry.kind, entry.interaction, received, items=False)
+
+    def _value(self, query: str, *values: object) -> Any:
+        row = self._db.execute(query, values).fetchone()
+        return None if row is None else row[0]
+
+
+def _entry(row: Sequence[Any]) -> LogEntry:
+    seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position = row
+    told = None if label is None else bool(label)
+    return LogEntry(seq, kind, Interaction(event_id, user_id, item_id, told, timestamp, request_id, position))
+
+
+def _content(one: Interaction) -> tuple[object, ...]:
+    return one.user_id, one.item_id, one.timestamp, one.request_id, one.position

@@ -1,0 +1,158 @@
+"""Interactions from end to end: taken into the log, told to listeners, passed on to the shared store, swept."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+
+import structlog
+
+from service.interactions.clock import Clock
+from service.interactions.event import Interaction
+from service.interactions.ledger import EventConflictError, Resolved, Taken
+from service.interactions.live import LiveUser
+from service.interactions.log import AT_ONCE, EventLog, LogLimits
+from service.interactions.replay import Replay
+from service.interactions.shared import SharedInteractions
+from service.interactions.writer import LogHealth, LogUnavailableError
+from service.metrics.registry import Metrics
+from service.settings import DAY_S, Settings
+
+OnOutcome = Callable[[Interaction, bool], None]
+
+SWEEP_S = 1.0  # how late an expiry may be, and how often a lost log is tried again at least
+# How long an acknowledgement waits for the shared store, so that other servers' next score knows of it, too.
+SHARED_S = 0.05
+
+
+def _unheard(_: Interaction, __: bool) -> None:
+    pass
+
+
+class Recorder:
+    """Takes interactions and deletions, and tells what they say of a user.
+
+    `on_outcome` is called once for each impression that becomes negative or positive, on the event loop. It must not
+    raise, nor wait. A positive that comes after the attribution window counts, but is not told again.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        clock: Clock,
+        limits: LogLimits,
+        metrics: Metrics,
+        events: structlog.stdlib.BoundLogger,
+        shared: SharedInteractions | None = None,
+        on_outcome: OnOutcome = _unheard,
+    ) -> None:
+        self.clock = clock
+        self.limits = limits
+        self.on_outcome = on_outcome
+        self._log = log
+        self._metrics = metrics.interactions
+        self._events = events
+        self._replay = None if shared is None else Replay(log, shared, metrics.interactions, events)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._up: bool | None = None
+
+    async def start(self) -> None:
+        """Open the log, if that can be done now, and begin what goes on beside the requests."""
+        await self._log.start()
+        self._tell_health()
+        self._tasks.append(asyncio.create_task(self._sweep()))
+        if self._replay is not None:
+            self._tasks.append(asyncio.create_task(self._replay.run()))
+
+    async def close(self) -> None:
+        """Stop, and close the log; what it has is on disk."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+        self._tasks.clear()
+        await self._log.close()
+
+    async def record(self, batch: Sequence[Interaction]) -> Taken:
+        """Take a batch, all of it or nothing; it is on disk when this returns.
+
+        Raises:
+            EventConflictError: an event id is in the log with other content.
+            LogUnavailableError: the log cannot be written now.
+        """
+        try:
+            taken = await self._log.append(batch)
+        except (EventConflictError, LogUnavailableError):
+            self.refuse(len(batch))
+            raise
+        self._metrics.taken(taken.verdicts)
+        self._tell(taken.resolved)
+        await self._pass_on(taken.seq)
+        return taken
+
+    def refuse(self, interactions: int) -> None:
+        """Count interactions that were refused for what they say."""
+        self._metrics.refused(interactions)
+
+    async def delete(self, user_id: str) -> float:
+        """Forget a user, on disk too, and return as of when, UTC seconds.
+
+        Raises:
+            LogUnavailableError: the log cannot be written now.
+        """
+        deleted_at, seq = await self._log.delete(user_id)
+        self._metrics.deleted()
+        self._events.info("user_deleted")
+        await self._pass_on(seq)
+        return deleted_at
+
+    async def live(self, user_ids: Iterable[str]) -> Mapping[str, LiveUser]:
+        """Return what the log knows of users; those that it knows nothing of are missing."""
+        return await self._log.live(user_ids)
+
+    def health(self) -> LogHealth:
+        """Return whether interactions are taken."""
+        return self._log.health()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            resolved = await self._log.sweep()
+            self._tell(resolved)
+            while len(resolved) == AT_ONCE:
+                resolved = await self._log.sweep()
+                self._tell(resolved)
+            self._tell_health()
+            if self._replay is not None and resolved:
+                self._replay.wake()
+
+    def _tell(self, resolved: Iterable[Resolved]) -> None:
+        for one in resolved:
+            self.on_outcome(one.interaction, one.positive)
+
+    def _tell_health(self) -> None:
+        health = self._log.health()
+        if health.ready != self._up:
+            self._up = health.ready
+            if health.ready:
+                self._events.info("log_available", detail=health.detail)
+            else:
+                self._events.error("log_unavailable", detail=health.detail)
+
+    async def _pass_on(self, seq: int) -> None:
+        if self._replay is not None:
+            await self._replay.caught_up(seq, SHARED_S)
+
+
+def open_recorder(
+    settings: Settings,
+    metrics: Metrics,
+    events: structlog.stdlib.BoundLogger,
+    shared: SharedInteractions | None = None,
+    clock: Clock | None = None,
+) -> Recorder:
+    """Return the recorder that the settings describe; its log is opened when it is started."""
+    clock = clock or Clock()
+    limits = LogLimits(settings.attribution_s, settings.retention_days * DAY_S)
+    log = EventLog(settings.interactions_file, limits, clock, metrics.interactions)
+    return Recorder(log, clock, limits, metrics, events, shared)

@@ -1,0 +1,171 @@
+"""One thread that writes the log: what waits together shares one commit, and so one wait for the disk."""
+
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from service.interactions.database import FileLock, LogFileError, open_database
+from service.interactions.ledger import Ledger
+
+T = TypeVar("T")
+
+WAITING = 512  # jobs; each is a request's batch, and a client waits for it
+A_COMMIT = 64  # jobs of one commit, so that the first of them does not wait for hundreds
+RETRY_S = 2.0  # between attempts to open a log that could not be opened
+
+
+class LogUnavailableError(Exception):
+    """The log cannot be written now. Nothing is known to be taken; the same ids may be sent again."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogHealth:
+    """Whether the log takes entries; the detail names the file and, if it does not, why."""
+
+    ready: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    work: Callable[[Ledger], Any]
+    erases: bool
+    done: "Future[Any]"
+
+
+class Writer:
+    """Opens the log, and opens it again after a failure; runs work in transactions that are on disk when they end."""
+
+    def __init__(self, path: Path, attribution_s: float, on_open: Callable[[Ledger], None]) -> None:
+        """`on_open` is called in the writer's thread each time that the log has been opened."""
+        self._path = path
+        self._attribution_s = attribution_s
+        self._on_open = on_open
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(WAITING)
+        self._thread = threading.Thread(target=self._run, name="interactions", daemon=True)
+        self._lock: FileLock | None = None
+        self._connection: sqlite3.Connection | None = None
+        self._ledger: Ledger | None = None
+        self._tried = float("-inf")
+        self._remnants = False  # deleted rows may still stand in the write-ahead file
+        self.health = LogHealth(False, f"{path}: not opened")
+
+    def start(self) -> None:
+        """Start the thread; the first job opens the log."""
+        self._thread.start()
+
+    def submit(self, work: Callable[[Ledger], T], *, erases: bool = False) -> "Future[T]":
+        """Run work in a transaction, alone in its savepoint; its own exceptions undo it and nothing else.
+
+        `erases`: what the work deletes must leave the disk at once, the write-ahead file included. The future fails
+        with `LogUnavailableError` when the work is not on disk.
+        """
+        job = _Job(work, erases, Future())
+        if not self._thread.is_alive():
+            job.done.set_exception(LogUnavailableError(f"{self._path}: not started, or stopped"))
+            return job.done
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            job.done.set_exception(LogUnavailableError(f"{self._path}: {WAITING} writes wait for the disk"))
+        return job.done
+
+    def stop(self) -> None:
+        """Do what waits, close the log and end."""
+        if self._thread.is_alive():
+            self._jobs.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        running = True
+        while running:
+            waiting = [self._jobs.get()]
+            while len(waiting) < A_COMMIT and not self._jobs.empty():
+                waiting.append(self._jobs.get())
+            running = None not in waiting
+            # Who no longer waits is not written down.
+            self._commit([job for job in waiting if job is not None and job.done.set_running_or_notify_cancel()])
+        self.health = LogHealth(False, f"{self._path}: closed")
+        self._close()
+
+    def _commit(self, jobs: list[_Job]) -> None:
+        if not jobs:
+            return
+        try:
+            outcomes = self._transaction(self._open(), jobs)
+        except LogUnavailableError as error:
+            outcomes = [error] * len(jobs)
+        except (LogFileError, sqlite3.Error, OSError) as error:
+            detail = str(error) if isinstance(error, LogFileError) else f"{self._path}: {error}"
+            self.health = LogHealth(False, detail)
+            if not self._undone(error):
+                self._close()
+            outcomes = [LogUnavailableError(detail)] * len(jobs)
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                job.done.set_exception(outcome)
+            else:
+                job.done.set_result(outcome)
+
+    def _transaction(self, ledger: Ledger, jobs: list[_Job]) -> list[Any]:
+        assert self._connection is not None
+        run = self._connection.execute
+        run("BEGIN IMMEDIATE")
+        outcomes: list[Any] = []
+        for job in jobs:
+            run("SAVEPOINT job")
+            try:
+                outcomes.append(job.work(ledger))
+            except (sqlite3.Error, OSError):
+                raise
+            except Exception as error:
+                run("ROLLBACK TO job")
+                outcomes.append(error)
+            run("RELEASE job")
+        run("COMMIT")
+        self._remnants = self._remnants or any(job.erases for job in jobs)
+        if self._remnants:
+            [busy, *_] = run("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._remnants = bool(busy)  # a reader was in the way: once more with the next commit
+        self.health = LogHealth(True, f"{self._path}: {ledger.entries()} entries")
+        return outcomes
+
+    def _undone(self, error: Exception) -> bool:
+        """Return whether a failed transaction is undone and the connection as good as before."""
+        full = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        if self._connection is None or not full:
+            return False  # after another error of the disk nothing is known of the connection: begin with a new one
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            return False
+        return True
+
+    def _open(self) -> Ledger:
+        if self._ledger is not None:
+            return self._ledger
+        if time.monotonic() - self._tried < RETRY_S:
+            raise LogUnavailableError(self.health.detail)
+        self._tried = time.monotonic()
+        self._lock = FileLock(self._path)
+        self._connection = open_database(self._path)
+        self._ledger = Ledger(self._connection, self._attribution_s)
+        self._on_open(self._ledger)
+        return self._ledger
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            try:
+                self._connection.close()
+            except sqlite3.Error as error:
+                self.health = LogHealth(False, f"{self._path}: {error}")
+        if self._lock is not None:
+            self._lock.release()
+        self._connection = self._lock = self._ledger = None

@@ -1,0 +1,34 @@
+"""DELETE /users/{user_id}: forget a user."""
+
+from fastapi import APIRouter, Request, Response
+
+from models.ids import IdError, canonical_id
+from service.answers import DeletedResponse
+from service.collaborators import collaborators_of
+from service.errors import RequestError
+from service.routes.scored import ERRORS
+
+router = APIRouter(tags=["admin"])
+
+
+@router.delete(
+    "/users/{user_id:path}",
+    response_model=DeletedResponse,
+    responses={
+        422: ERRORS[422],
+        503: {**ERRORS[503], "description": "The log cannot be written; the user is not deleted."},
+    },
+)
+async def delete_user(user_id: str, request: Request) -> Response:
+    """Forget a user: interactions, counts, history and vector. A tombstone stays, which training honours.
+
+    Asked again, everything up to the later moment is forgotten.
+    """
+    service = collaborators_of(request)
+    try:
+        user_id = canonical_id(user_id)
+    except IdError as error:
+        raise RequestError(str(error), "user_id") from error
+    deleted_at = await service.interactions.delete(user_id)
+    answer = DeletedResponse(user_id=user_id, deleted_at=deleted_at, request_id=request.state.request_id)
+    return Response(answer.model_dump_json(), media_type="application/json")
