@@ -42,6 +42,7 @@ def create_app(service: Collaborators, on_broken: Callable[[str], None] = lambda
         title="sella", version=build_version(), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
     )
     app.state.collaborators = service
+    service.interactions.on_outcome = service.quality.on_outcome
     app.add_middleware(Intake, metrics=service.metrics, log=service.log)
     install_error_handlers(app, service.metrics, service.log)
     for routes in (score, rank, interactions, users, health):

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -51,6 +52,16 @@ class Waited:
     forward_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """What one batch holds when it is handed to the engine."""
+
+    kind: Literal["score", "distil"]
+    tokens: int  # expected to be computed
+    requests: int
+    candidates: int  # titles, where they are distilled
+
+
 @dataclass(eq=False, slots=True)
 class _Running:
     """A batch at the engine."""
@@ -67,11 +78,18 @@ class Batcher:
     shortly before one is expected to.
     """
 
-    def __init__(self, engine: Engine, limits: BatchLimits, on_queue: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        limits: BatchLimits,
+        on_queue: Callable[[int], None] = lambda _: None,
+        on_batch: Callable[[BatchSize], None] = lambda _: None,
+    ) -> None:
         self._engine = engine
         self._limits = limits
         self._on_queue = on_queue  # told every change of the waiting tokens
-        self._ids = itertools.count()
+        self._on_batch = on_batch  # told every batch that the engine is handed
+        self._ids, self._requests = itertools.count(), itertools.count()
         self._waiting = Waiting()
         self._pace = Pace()
         self._admission = Admission(self._waiting, self._pace, limits.queue_tokens, limits.batch_tokens)
@@ -156,8 +174,9 @@ class Batcher:
     def _enqueue(self, entries: Sequence[Entry], deadline: float) -> None:
         tokens = sum(entry.tokens for entry in entries)
         due = self._admission.due(tokens, deadline, time.monotonic())
+        request = next(self._requests)
         for entry in entries:
-            entry.due = due
+            entry.due, entry.request = due, request
             self._waiting.add(entry)
         self._on_queue(tokens)
         self._pump()
@@ -200,7 +219,9 @@ class Batcher:
         for entry in batch:
             entry.dispatched = now
         task = asyncio.create_task(self._compute(batch))
-        self._running[task] = _Running(batch_tokens(batch), now)
+        size = _size(batch)
+        self._running[task] = _Running(size.tokens, now)
+        self._on_batch(size)
         task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[bool]) -> None:
@@ -271,3 +292,13 @@ class Batcher:
         if isinstance(jobs[0], ScoreJob):
             return await self._engine.score([job for job in jobs if isinstance(job, ScoreJob)])
         return await self._engine.distil([job for job in jobs if isinstance(job, DistilJob)])
+
+
+def _size(batch: Sequence[Entry]) -> BatchSize:
+    jobs = [entry.job for entry in batch]
+    return BatchSize(
+        kind="score" if isinstance(jobs[0], ScoreJob) else "distil",
+        tokens=batch_tokens(batch),
+        requests=len({entry.request for entry in batch}),
+        candidates=sum(len(job.group.pack.branches) if isinstance(job, ScoreJob) else len(job.prompts) for job in jobs),
+    )

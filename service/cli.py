@@ -20,6 +20,8 @@ from service.current import CurrentBundle, open_handle
 from service.interactions.recorder import open_recorder
 from service.logs import configure_logs
 from service.metrics.registry import Metrics, build_version
+from service.quality.live import LiveQuality
+from service.quality.served import ServedScores
 from service.settings import Settings, SettingsError, load_settings
 
 CANNOT_SERVE = 2
@@ -46,7 +48,8 @@ def run(
     try:
         settings = load_settings(bundle=bundle, host=host, port=port, engine=engine)
         log = configure_logs(settings)
-        metrics = Metrics()
+        metrics = Metrics(settings.drift_window, settings.quality_window)
+        quality = LiveQuality(ServedScores(settings.quality_scores, settings.quality_age_s), metrics.quality)
         # Verified before anything listens: a broken bundle is one line here, not a server that is never ready.
         opened = Bundle.open(settings.bundle)
         current = CurrentBundle(open_handle(settings, opened, metrics, log))
@@ -61,7 +64,7 @@ def run(
         f"the model is loading; {url}/readyz says when it is ready, {url}/docs what to send"
     )
     interactions = open_recorder(settings, metrics, log)
-    reason = _serve(Collaborators(settings, current, metrics, log, interactions), listener, log)
+    reason = _serve(Collaborators(settings, current, metrics, log, interactions, quality), listener, log)
     if reason:
         _give_up(reason)
 

@@ -9,18 +9,20 @@ from service.answers import EngineReadiness, InteractionsReadiness, Readiness, S
 from service.current import CurrentBundle
 from service.interactions.recorder import Recorder
 from service.metrics.registry import Metrics
+from service.quality.live import LiveQuality
 from service.settings import Settings
 
 
 @dataclass(frozen=True)
 class Collaborators:
-    """One application's settings, bundle, interactions, metrics and log."""
+    """One application's settings, bundle, metrics, log, interactions and memory of what it served."""
 
     settings: Settings
     current: CurrentBundle
     metrics: Metrics
     log: structlog.stdlib.BoundLogger
     interactions: Recorder
+    quality: LiveQuality
 
     async def readiness(self) -> Readiness:
         """Return whether a request would be scored now."""

@@ -79,6 +79,7 @@ def open_handle(
         in_flight=settings.batches_in_flight,
     )
     metrics.serving(bundle.id, bundle.manifest.backbone.merged_id)
+    metrics.loaded(bundle.id, bundle.manifest.reference)
     return BundleHandle(
         bundle_id=bundle.id,
         tables=tables,
@@ -86,5 +87,5 @@ def open_handle(
         assembler=assembler,
         calibration=bundle.calibration(),
         engine=engine,
-        batcher=Batcher(engine, limits, on_queue=metrics.queued),
+        batcher=Batcher(engine, limits, on_queue=metrics.queued, on_batch=metrics.batched),
     )

@@ -168,6 +168,32 @@ class Settings(BaseSettings):
     max_interactions: int = Field(
         default=1000, ge=1, description="Interactions of one request; as many as a /score request has pairs."
     )
+    drift_window: int = Field(
+        default=10_000,
+        ge=1000,
+        le=10_000_000,
+        description="Latest values of each kind that drift is told from. Fewer swing with single users' lists, more"
+        " are slow to show a change; ten thousand are some hundred lists.",
+    )
+    quality_window: int = Field(
+        default=10_000,
+        ge=100,
+        le=1_000_000,
+        description="Latest labelled scores that live AUC, log-loss and calibration are of: the AUC of ten thousand is"
+        " known to about 0.01, and takes about a millisecond.",
+    )
+    quality_scores: int = Field(
+        default=200_000,
+        ge=1000,
+        le=100_000_000,
+        description="Served scores kept in memory to be labelled, about 100 bytes each: 20 MB, or two thousand lists"
+        " of a hundred.",
+    )
+    quality_age_s: float = Field(
+        default=DAY_S,
+        gt=0,
+        description="Seconds after which a served score is not labelled any more; longer than outcomes take to come.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="info logs one line a scored request, without titles or user ids."
     )

@@ -19,6 +19,7 @@ class Entry:
     trunk_tokens: int
     own_tokens: int
     outcome: asyncio.Future[Outcome]
+    request: int = 0  # equal for the jobs that one request put in together
     due: float = 0.0  # the order: arrival, later by a multiple of the whole request's work
     enqueued: float = field(default_factory=time.monotonic)
     dispatched: float | None = None

@@ -5,8 +5,9 @@ from fastapi import APIRouter, Request, Response
 from service.answers import RankedItem, RankResponse
 from service.collaborators import collaborators_of
 from service.intake import JsonRoute
+from service.quality.served import ServedScore
 from service.questions import questions_of_rank
-from service.routes.scored import ERRORS, TimeoutHeader, answer_with, score_for
+from service.routes.scored import ERRORS, TimeoutHeader, answer_with, remember, score_for
 from service.schemas import RankRequest
 
 router = APIRouter(route_class=JsonRoute, tags=["scoring"])
@@ -21,6 +22,7 @@ async def rank_candidates(body: RankRequest, request: Request, timeout_ms: Timeo
     # Python's sort is stable, so ties keep the request's order.
     best_first = sorted((item for item in answer.items if item is not None), key=lambda item: -item.raw_score)
     results = [RankedItem(**item.fields(), rank=rank) for rank, item in enumerate(best_first[: body.top_k], start=1)]
+    remember(request, scored, [ServedScore(one.rank, answer.user_id, one.item_id, one.score) for one in results])
     response = RankResponse(
         user_id=answer.user_id,
         cold_user=answer.cold_user,

@@ -5,8 +5,9 @@ from fastapi import APIRouter, Request, Response
 from service.answers import ScoredPair, ScoreResponse
 from service.collaborators import collaborators_of
 from service.intake import JsonRoute
+from service.quality.served import ServedScore
 from service.questions import questions_of_score
-from service.routes.scored import ERRORS, TimeoutHeader, answer_with, score_for
+from service.routes.scored import ERRORS, TimeoutHeader, answer_with, remember, score_for
 from service.schemas import ScoreRequest
 
 router = APIRouter(route_class=JsonRoute, tags=["scoring"])
@@ -34,4 +35,5 @@ async def score_pairs(body: ScoreRequest, request: Request, timeout_ms: TimeoutH
                     history=answer.history,
                 )
             )
+    remember(request, scored, [ServedScore(one.index, one.user_id, one.item_id, one.score) for one in results])
     return answer_with(ScoreResponse(results=results, **scored.common()), scored)

@@ -6,6 +6,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from fastapi import Header, Request, Response
 from pydantic import BaseModel
 
@@ -14,6 +15,9 @@ from service.batcher import DeadlineExceededError
 from service.collaborators import Collaborators, collaborators_of
 from service.engines.protocol import EngineUnavailableError
 from service.errors import ClientGoneError
+from service.metrics.registry import bundle_label
+from service.metrics.scored import Tally
+from service.quality.served import ServedScore
 from service.questions import Question
 from service.schemas import OnUnknown
 from service.scoring import Answer, Timings, score
@@ -97,6 +101,12 @@ def answer_with(body: BaseModel, scored: Scored) -> Response:
     return Response(body.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
 
 
+def remember(request: Request, scored: Scored, results: Sequence[ServedScore]) -> None:
+    """Keep what is told to the client, so that outcomes reported later find the scores that they answer."""
+    service = collaborators_of(request)
+    service.quality.remember(scored.request_id, bundle_label(scored.bundle_id), results)
+
+
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await work, but give it up when the client closes the connection."""
     task = asyncio.create_task(work)
@@ -120,25 +130,35 @@ async def _disconnected(request: Request) -> None:
 
 def _record(service: Collaborators, request: Request, questions: Sequence[Question], scored: Scored) -> None:
     """Count and log a score: the one place where either happens."""
-    items = [item for answer in scored.answers for item in answer.items if item is not None]
-    asked = sum(len(question.candidates) for question in questions)
-    cold_users = {answer.user_id for answer in scored.answers if answer.cold_user}
-    cold_items = sum(item.cold_item for item in items)
-    unknown_items = sum(item.unknown_item for item in items)
+    tally = _tally(questions, scored.answers)
     route: str = request.scope["route"].path
-    service.metrics.scored(route, asked, scored.seconds)
     service.metrics.interactions.live(sum(answer.history.source == "live" for answer in scored.answers))
-    service.metrics.cold(len(cold_users), cold_items, unknown_items)
+    service.metrics.scored(scored.bundle_id, route, scored.seconds, tally)
     service.log.info(
         "scored",
         request_id=scored.request_id,
         bundle_id=scored.bundle_id,
         route=route,
-        candidates=asked,
+        candidates=tally.asked,
         skipped=len(scored.skipped),
-        cold_users=len(cold_users),
-        cold_items=cold_items,
-        unknown_items=unknown_items,
-        history_dropped=sum(answer.history.dropped for answer in scored.answers),
+        cold_users=tally.cold_users,
+        cold_items=tally.cold_items,
+        unknown_items=tally.unknown_items,
+        history_dropped=tally.history_dropped,
         **scored.common()["timings_ms"],
+    )
+
+
+def _tally(questions: Sequence[Question], answers: Sequence[Answer]) -> Tally:
+    items = [[item for item in answer.items if item is not None] for answer in answers]
+    every = [item for one in items for item in one]
+    return Tally(
+        asked=sum(len(question.candidates) for question in questions),
+        scores_N=np.array([item.score for item in every], np.float32),
+        cold_users=len({answer.user_id for answer in answers if answer.cold_user}),
+        cold_user_pairs=sum(len(one) for one, answer in zip(items, answers, strict=True) if answer.cold_user),
+        cold_items=sum(item.cold_item for item in every),
+        unknown_items=sum(item.unknown_item for item in every),
+        histories_Q=np.array([answer.history.given for answer in answers], np.int64),
+        history_dropped=sum(answer.history.dropped for answer in answers),
     )

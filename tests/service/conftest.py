@@ -15,6 +15,8 @@ from service.engines.protocol import Engine
 from service.features.embedded import EmbeddedStore
 from service.interactions.recorder import open_recorder
 from service.metrics.registry import Metrics
+from service.quality.live import LiveQuality
+from service.quality.served import ServedScores
 from service.settings import Settings
 from tests.service.echo import EchoEngine
 
@@ -32,6 +34,8 @@ def collaborators(bundle: Bundle, engine: Engine, **settings: object) -> Collabo
     """The application's collaborators around any engine, with the bundle's own tables."""
     chosen = Settings(bundle=bundle.folder, **settings)  # type: ignore[arg-type]
     metrics = Metrics()
+    metrics.loaded(bundle.id, bundle.manifest.reference)
+    quality = LiveQuality(ServedScores(chosen.quality_scores, chosen.quality_age_s), metrics.quality)
     tables = bundle.tables()
     limits = BatchLimits(
         chosen.queue_tokens, chosen.batch_tokens, chosen.batch_ahead_ms / 1000, chosen.batches_in_flight
@@ -43,11 +47,11 @@ def collaborators(bundle: Bundle, engine: Engine, **settings: object) -> Collabo
         assembler=bundle.assembler(bundle.encoder(), tables),
         calibration=bundle.calibration(),
         engine=engine,
-        batcher=Batcher(engine, limits, on_queue=metrics.queued),
+        batcher=Batcher(engine, limits, on_queue=metrics.queued, on_batch=metrics.batched),
     )
     log = structlog.get_logger()
     recorder = open_recorder(chosen, metrics, log)
-    return Collaborators(chosen, CurrentBundle(handle), metrics, log, recorder)
+    return Collaborators(chosen, CurrentBundle(handle), metrics, log, recorder, quality)
 
 
 def client_of(service: Collaborators) -> httpx.AsyncClient:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from typing import Any
 
 import httpx
 import pytest
@@ -9,12 +10,19 @@ from structlog.testing import capture_logs
 
 from models.loading import Bundle
 from service.collaborators import Collaborators
+from service.engines.protocol import ScoreJob
 from service.metrics.registry import Metrics
 from tests.service.conftest import client_of, collaborators
 from tests.service.echo import EchoEngine
 
 pytestmark = pytest.mark.anyio
 
+REFERENCE = {
+    "score_deciles": [step / 10 for step in range(11)],
+    "history_length_deciles": [0, 1, 2, 3, 4, 5, 8, 12, 20, 40, 100],
+    "cold_user_rate": 0.1,
+    "cold_item_rate": 0.05,
+}
 SECRET = "Secret title 夜"
 
 
@@ -39,9 +47,9 @@ async def drive(client: httpx.AsyncClient) -> None:
     assert (await client.get("/livez")).status_code == 200
 
 
-async def test_every_event_is_counted_once(client: httpx.AsyncClient, service: Collaborators) -> None:
+async def test_every_event_is_counted_once(client: httpx.AsyncClient, service: Collaborators, bundle: Bundle) -> None:
     await drive(client)
-    metrics = service.metrics
+    metrics, mine = service.metrics, {"bundle": bundle.id[:12]}
     assert value(metrics, "sella_requests_total", route="/rank", outcome="ok") == 1
     assert value(metrics, "sella_requests_total", route="/rank", outcome="invalid") == 1
     assert value(metrics, "sella_requests_total", route="/score", outcome="ok") == 1
@@ -49,12 +57,12 @@ async def test_every_event_is_counted_once(client: httpx.AsyncClient, service: C
     assert value(metrics, "sella_requests_total", route="/livez", outcome="ok") == 1
     assert value(metrics, "sella_requests_total", route="unmatched", outcome="invalid") == 3
     for leg in ("lookup", "assemble", "queue", "forward", "total"):
-        assert value(metrics, "sella_leg_seconds_count", leg=leg) == 2
-    assert value(metrics, "sella_request_candidates_sum", route="/rank") == 3
-    assert value(metrics, "sella_request_candidates_sum", route="/score") == 3
-    assert value(metrics, "sella_cold_users_total") == 2  # secret-user once, u18 once for its two pairs
-    assert value(metrics, "sella_cold_items_total") == 3  # i39, new, i38
-    assert value(metrics, "sella_unknown_items_total") == 1
+        assert value(metrics, "sella_leg_seconds_count", leg=leg, **mine) == 2
+    assert value(metrics, "sella_request_candidates_sum", route="/rank", **mine) == 3
+    assert value(metrics, "sella_request_candidates_sum", route="/score", **mine) == 3
+    assert value(metrics, "sella_cold_users_total", **mine) == 2  # secret-user once, u18 once for its two pairs
+    assert value(metrics, "sella_cold_items_total", **mine) == 3  # i39, new, i38
+    assert value(metrics, "sella_unknown_items_total", **mine) == 1
     assert value(metrics, "sella_queue_tokens") == 0
     assert value(metrics, "sella_ready") == 0
     text = (await client.get("/metrics")).text
@@ -62,6 +70,72 @@ async def test_every_event_is_counted_once(client: httpx.AsyncClient, service: C
     assert re.search(r'^sella_build_info\{version="[^"]+"\} 1\.0$', text, re.M)
     routes = set(re.findall(r'route="([^"]*)"', text))
     assert routes == {"/rank", "/score", "/livez", "unmatched"}
+
+
+async def test_scores_and_histories_are_counted_as_the_answers_tell_them(
+    client: httpx.AsyncClient, service: Collaborators, bundle: Bundle
+) -> None:
+    told: list[dict[str, Any]] = []
+    histories: list[dict[str, Any]] = []
+    for user in ("u0", "u1", "nobody"):
+        answer = (await client.post("/rank", json={"user_id": user, "candidates": [f"i{i}" for i in range(30)]})).json()
+        told += answer["results"]
+        histories.append(answer["history"])
+    scores, metrics, mine = [one["score"] for one in told], service.metrics, {"bundle": bundle.id[:12]}
+    for edge in (0.05, 0.5, 0.95, 1.0):
+        counted = value(metrics, "sella_scores_bucket", le=str(edge), **mine)
+        assert counted == sum(score <= edge for score in scores)
+    assert value(metrics, "sella_scores_count", **mine) == 90
+    assert value(metrics, "sella_scores_sum", **mine) == pytest.approx(sum(scores))
+    given = [one["given"] for one in histories]
+    assert value(metrics, "sella_history_length_sum", **mine) == sum(given) >= 23
+    assert value(metrics, "sella_history_length_bucket", le="0.0", **mine) == given.count(0)
+    assert value(metrics, "sella_history_dropped_total", **mine) == sum(one["dropped"] for one in histories) > 0
+
+
+async def test_batches_are_counted_as_the_engine_gets_them(bundle: Bundle, echo: EchoEngine) -> None:
+    service = collaborators(bundle, echo, batches_in_flight=1)
+    echo.gate.clear()
+    async with client_of(service) as client:
+        new = {"item_id": "new", "title": "New"}
+        calls = [
+            asyncio.create_task(client.post("/rank", json={"user_id": f"u{user}", "candidates": candidates}))
+            for user, candidates in enumerate((["i1", "i2"], ["i3"], ["i4", "i5", new]))
+        ]
+        while not echo.batches:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        echo.gate.set()
+        assert [one.status_code for one in await asyncio.gather(*calls)] == [200] * 3
+    kinds = [("score" if isinstance(batch[0], ScoreJob) else "distil") for batch in echo.batches]
+    scored = [job.group for batch in echo.batches for job in batch if isinstance(job, ScoreJob)]
+    for kind in ("score", "distil"):
+        assert value(service.metrics, "sella_batch_tokens_count", kind=kind) == kinds.count(kind) > 0
+    assert value(service.metrics, "sella_batch_requests_sum", kind="score") == len(scored) == 3
+    assert value(service.metrics, "sella_batch_requests_sum", kind="distil") == 1
+    assert value(service.metrics, "sella_batch_candidates_sum") == 6
+    assert value(service.metrics, "sella_batch_tokens_sum", kind="score") == sum(one.pack.tokens for one in scored)
+
+
+async def test_a_retired_bundle_leaves_no_series(client: httpx.AsyncClient, service: Collaborators) -> None:
+    service.metrics.loaded("f" * 64, REFERENCE)
+    await drive(client)
+    label = f'bundle="{service.current.handle.bundle_id[:12]}"'
+    assert service.metrics.text().decode().count(label) > 50
+    service.metrics.retired(service.current.handle.bundle_id)
+    text = service.metrics.text().decode()
+    assert label not in text
+    assert 'sella_scores_count{bundle="ffffffffffff"} 0.0' in text
+
+
+def test_reasons_and_outcomes_exist_before_they_happen() -> None:
+    metrics = Metrics()
+    metrics.loaded("f" * 64, REFERENCE)
+    text = metrics.text().decode()
+    assert 'sella_refusals_total{reason="queue_full"} 0.0' in text
+    assert 'sella_requests_total{outcome="ok",route="/rank"} 0.0' in text
+    assert 'sella_reference_bin_total{bin="9",bundle="ffffffffffff",of="score"} 0.0' in text
+    assert "sella_drift_psi{" not in text  # nothing to tell it from yet
 
 
 async def test_refusals_are_counted_by_reason_and_the_queue_returns_to_zero(bundle: Bundle, echo: EchoEngine) -> None:

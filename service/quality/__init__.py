@@ -1,0 +1,1 @@
+"""How good the scores turn out to be: served scores, joined with the outcomes that are reported later."""
