@@ -99,7 +99,16 @@ class Ledger:
             (user_id, deleted_at),
         )
         self._rebuild(user_id)
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('remnants', 'yes')")
         return seq
+
+    def remnants(self) -> bool:
+        """Return whether bytes of deleted users may still be in the files, left by an earlier process too."""
+        return self._value("SELECT value FROM meta WHERE key = 'remnants'") is not None
+
+    def erased(self) -> None:
+        """Remember that nothing of deleted users is left in the files."""
+        self._db.execute("DELETE FROM meta WHERE key = 'remnants'")
 
     def newest_timestamp(self, user_id: str) -> float | None:
         """Return the latest time that any entry of a user names."""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ T = TypeVar("T")
 
 WAITING = 512  # jobs; each is a request's batch, and a client waits for it
 A_COMMIT = 64  # jobs of one commit, so that the first of them does not wait for hundreds
+ERASE_S, ERASE_SHARE = 5.0, 50  # the file is written anew at most this often, and at most a fiftieth of the time
 RETRY_S = 2.0  # between attempts to open a log that could not be opened
 
 
@@ -53,7 +55,8 @@ class Writer:
         self._connection: sqlite3.Connection | None = None
         self._ledger: Ledger | None = None
         self._tried = float("-inf")
-        self._remnants = False  # deleted rows may still stand in the write-ahead file
+        self._remnants = False  # bytes of deleted rows may still be in the files
+        self._erase_at = float("-inf")
         self.health = LogHealth(False, f"{path}: not opened")
 
     def start(self) -> None:
@@ -63,8 +66,8 @@ class Writer:
     def submit(self, work: Callable[[Ledger], T], *, erases: bool = False) -> "Future[T]":
         """Run work in a transaction, alone in its savepoint; its own exceptions undo it and nothing else.
 
-        `erases`: what the work deletes must leave the disk at once, the write-ahead file included. The future fails
-        with `LogUnavailableError` when the work is not on disk.
+        `erases`: what the work deletes must leave the disk soon, the write-ahead file included. The future fails with
+        `LogUnavailableError` when the work is not on disk.
         """
         job = _Job(work, erases, Future())
         if not self._thread.is_alive():
@@ -91,6 +94,8 @@ class Writer:
             running = None not in waiting
             # Who no longer waits is not written down.
             self._commit([job for job in waiting if job is not None and job.done.set_running_or_notify_cancel()])
+            if self._remnants and time.monotonic() >= self._erase_at:
+                self._erase()
         self.health = LogHealth(False, f"{self._path}: closed")
         self._close()
 
@@ -130,11 +135,25 @@ class Writer:
             run("RELEASE job")
         run("COMMIT")
         self._remnants = self._remnants or any(job.erases for job in jobs)
-        if self._remnants:
-            [busy, *_] = run("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self._remnants = bool(busy)  # a reader was in the way: once more with the next commit
         self.health = LogHealth(True, f"{self._path}: {ledger.entries()} entries")
         return outcomes
+
+    def _erase(self) -> None:
+        """Write the file anew, so that nothing of deleted rows is left, and empty the write-ahead file.
+
+        SQLite overwrites what is deleted, but not the copies that moving rows between pages has left.
+        """
+        if self._connection is None or self._ledger is None:
+            return
+        started = time.monotonic()
+        with suppress(sqlite3.Error):  # no room, or a reader in the way: later once more
+            self._connection.execute("VACUUM")
+            [busy, *_] = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy:
+                self._ledger.erased()
+                self._remnants = False
+        # Interactions wait meanwhile: a large log is not written anew all the time.
+        self._erase_at = time.monotonic() + ERASE_S + ERASE_SHARE * (time.monotonic() - started)
 
     def _undone(self, error: Exception) -> bool:
         """Return whether a failed transaction is undone and the connection as good as before."""
@@ -157,6 +176,7 @@ class Writer:
         self._lock = FileLock(self._path)
         self._connection = open_database(self._path)
         self._ledger = Ledger(self._connection, self._attribution_s)
+        self._remnants = self._ledger.remnants()
         self._on_open(self._ledger)
         return self._ledger
 

@@ -1,0 +1,86 @@
+"""The history that is scored with: the bundle's and the live likes, as one."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.features import UserFeatures
+from service.interactions.histories import MergedUser, merge_all, merged, united
+from service.interactions.live import Like, LiveUser
+
+VECTOR = np.ones(2, np.float32)
+
+
+def stored(*likes: tuple[str, float], total: int | None = None) -> UserFeatures:
+    items, times = tuple(item for item, _ in likes), tuple(time for _, time in likes)
+    return UserFeatures("u", VECTOR, items, times, len(likes) if total is None else total)
+
+
+def live(*likes: tuple[str, float], deleted_at: float | None = None) -> LiveUser:
+    return LiveUser(
+        tuple(sorted(Like(time, f"e{number}", item) for number, (item, time) in enumerate(likes))), deleted_at
+    )
+
+
+def told(one: MergedUser) -> tuple[tuple[str, ...], int, int]:
+    assert one.features is not None
+    assert len(one.features.history) == len(one.features.history_times)
+    return one.features.history, one.features.history_total, one.likes
+
+
+def test_new_likes_stand_where_their_time_says() -> None:
+    both = merged("u", stored(("a", 1), ("b", 3), ("c", 5)), live(("x", 4), ("y", 3), ("z", 9), ("w", 0)))
+    assert told(both) == (("w", "a", "b", "y", "x", "c", "z"), 7, 4)
+
+
+def test_a_like_the_bundle_was_trained_on_is_not_doubled_and_the_same_item_later_is() -> None:
+    both = merged("u", stored(("a", 1), ("b", 3)), live(("b", 3), ("b", 4), ("a", 1)))
+    assert told(both) == (("a", "b", "b"), 3, 1)
+
+
+def test_before_a_tail_nothing_is_inserted() -> None:
+    tail = stored(("b", 3), ("c", 5), total=7)
+    assert told(merged("u", tail, live(("a", 1), ("z", 3), ("x", 4)))) == (("b", "x", "c"), 8, 1)
+    assert merged("u", tail, live(("a", 1))) == MergedUser(tail, 0)
+
+
+def test_a_deleted_user_is_as_if_never_heard_of() -> None:
+    assert merged("u", stored(("a", 1)), live(("b", 2), deleted_at=3)) == MergedUser(None, 0)
+    back = merged("u", stored(("a", 9)), live(("b", 3), ("c", 4), deleted_at=3))
+    assert told(back) == (("c",), 1, 1) and back.features is not None and back.features.vector_C is None
+
+
+def test_a_user_without_anything_live_is_the_bundles_own() -> None:
+    known = stored(("a", 1))
+    assert merge_all(frozenset({"u", "v"}), {"u": known}, {}, {}) == {
+        "u": MergedUser(known, 0),
+        "v": MergedUser(None, 0),
+    }
+
+
+def test_events_known_twice_are_one_and_the_latest_deletion_counts() -> None:
+    one, other = live(("a", 1), ("b", 2), deleted_at=0.5), live(("a", 1), ("b", 2), deleted_at=1.5)
+    assert united(one, other) == LiveUser(one.likes, 1.5)
+    assert told(merged("u", None, united(one, other)))[0] == ("b",)
+
+
+histories = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), max_size=6)
+
+
+@given(histories, histories, st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_with_a_whole_history_the_result_is_the_time_order_of_all(
+    old: list[tuple[str, int]], new: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    known = stored(*sorted(old, key=lambda one: one[1]))
+    fresh = [one for one in new if one not in old]
+    both = merged("u", known, live(*data.draw(st.permutations(new))))
+    if not fresh:
+        assert both == MergedUser(known, 0)
+        return
+    history, total, likes = told(both)
+    assert total == len(history) == len(old) + len(fresh) and likes == len(fresh)
+    assert both.features is not None and list(both.features.history_times) == sorted(both.features.history_times)
+    assert sorted(history) == sorted(item for item, _ in [*old, *fresh])
+    kept = iter(zip(history, both.features.history_times, strict=True))
+    assert all(one in kept for one in zip(known.history, known.history_times, strict=True))  # in the bundle's order

@@ -1,0 +1,241 @@
+"""The log on disk: what is acknowledged stays, what cannot be written is refused whole."""
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from service.interactions.database import LogFileError, open_to_read
+from service.interactions.ledger import Counts
+from service.interactions.log import AT_ONCE, EventConflictError, EventLog, LogUnavailableError
+from service.interactions.writer import RETRY_S
+from tests.service.interactions.conftest import DAY_S, LIMITS, NOW, FakeTime, Open, event
+
+pytestmark = pytest.mark.anyio
+
+
+async def likes(log: EventLog, user_id: str = "u1") -> list[str]:
+    live = await log.live([user_id])
+    return [like.event_id for like in live[user_id].likes] if user_id in live else []
+
+
+async def test_what_was_acknowledged_is_there_after_a_restart(log: EventLog, new_log: Open) -> None:
+    await log.append([event("e1"), event("e2", timestamp=NOW - 1)])
+    before = log.position()
+    await log.close()
+    again = new_log()
+    await again.start()
+    assert await likes(again) == ["e2", "e1"] and again.position() == before
+    assert (await again.append([event("e1")])).verdicts == ("duplicate",)
+    await again.close()
+
+
+async def test_requests_that_come_together_share_commits(log: EventLog, path: Path) -> None:
+    await asyncio.gather(*(log.append([event(f"e{number}", item_id=f"i{number}")]) for number in range(50)))
+    assert [entry.seq for entry in log.read(0, 100)] == list(range(1, 51))
+    assert len(await likes(log)) == 50
+
+
+async def test_a_conflict_takes_nothing_of_its_batch_and_nothing_from_its_neighbours(log: EventLog) -> None:
+    await log.append([event("e1", timestamp=NOW)])
+    outcomes = await asyncio.gather(
+        log.append([event("a")]),
+        log.append([event("b"), event("e1", timestamp=NOW + 1)]),
+        log.append([event("c")]),
+        return_exceptions=True,
+    )
+    assert isinstance(outcomes[1], EventConflictError) and outcomes[1].index == 1
+    assert await likes(log) == ["a", "c", "e1"]
+
+
+async def test_only_one_process_writes_a_log(log: EventLog, new_log: Open) -> None:
+    second = new_log()
+    await second.start()
+    assert not second.health().ready and "another process" in second.health().detail
+    with pytest.raises(LogUnavailableError, match="another process"):
+        await second.append([event("e1")])
+    assert await second.live(["u1"]) == {}
+    await second.close()
+    assert log.health().ready
+
+
+async def test_a_log_that_comes_free_is_opened(log: EventLog, new_log: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.interactions.writer.RETRY_S", 0.0)
+    second = new_log()
+    await second.start()
+    await log.close()
+    assert RETRY_S > 0
+    await second.sweep()
+    assert second.health().ready
+    await second.close()
+
+
+@pytest.mark.parametrize("damage", ["noise", "other", "middle"])
+async def test_a_damaged_file_is_named_and_left_as_it_is(log: EventLog, new_log: Open, path: Path, damage: str) -> None:
+    for number in range(40):
+        await log.append([event(f"e{number}-{more}") for more in range(20)])
+    await log.close()
+    if damage == "noise":
+        path.write_bytes(b"noise" * 5000)
+    elif damage == "other":
+        path.unlink()
+        with sqlite3.connect(path) as other:
+            other.execute("CREATE TABLE something (x)")
+        other.close()
+    else:
+        content = bytearray(path.read_bytes())
+        content[8192:32768] = b"\x99" * 24576
+        path.write_bytes(content)
+    found = path.read_bytes()
+    again = new_log()
+    await again.start()
+    assert not again.health().ready
+    assert str(path) in again.health().detail and "\n" not in again.health().detail
+    with pytest.raises(LogUnavailableError):
+        await again.append([event("new")])
+    await again.close()
+    assert path.read_bytes() == found
+
+
+async def test_a_full_disk_refuses_whole_batches_and_recovers(log: EventLog, path: Path) -> None:
+    await log.append([event("before")])
+    connection = log._writer._connection
+    assert connection is not None
+    [pages] = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+    batch = [event(f"e{number}", item_id="x" * 200) for number in range(200)]
+    with pytest.raises(LogUnavailableError, match="full"):
+        await log.append(batch)
+    assert not log.health().ready and await likes(log) == ["before"]
+    connection.execute("PRAGMA max_page_count = 100000")
+    assert (await log.append(batch)).verdicts == ("accepted",) * 200
+    assert log.health().ready and log.read(0, 1000)[0].interaction.event_id == "before"
+
+
+async def test_a_folder_that_is_not_there_is_told(new_log: Open, tmp_path: Path) -> None:
+    log = new_log(tmp_path / "missing" / "log.sqlite")
+    await log.start()
+    assert "missing" in log.health().detail
+    await log.close()
+
+
+async def test_an_impression_without_outcome_becomes_a_negative_in_time(log: EventLog, time: FakeTime) -> None:
+    await log.append([event("shown", None), event("liked", None, item_id="i8")])
+    time.passes(LIMITS.attribution_s - 1)
+    assert await log.sweep() == ()
+    await log.append([event("liked", True, item_id="i8")])
+    time.passes(1)
+    [expired] = await log.sweep()
+    assert expired.interaction.event_id == "shown" and not expired.positive
+    assert await log.sweep() == () and log.read(0, 9)[-1].kind == "expiry"
+    assert log.counts("item", ["i7", "i8"]) == {"i7": Counts(1, 0), "i8": Counts(1, 1)}
+    late = await log.append([event("shown", True)])
+    assert late.verdicts == ("accepted",) and late.resolved == ()
+    assert log.counts("user", ["u1"]) == {"u1": Counts(2, 2)}
+    assert await likes(log) == ["liked", "shown"]
+
+
+async def test_outcomes_find_their_impression_by_the_answer(log: EventLog, time: FakeTime) -> None:
+    answer = {"request_id": "r1", "position": 3}
+    taken = await log.append([event("click", True, NOW + 9, **answer), event("view", None, **answer)])
+    assert [(one.interaction.event_id, one.positive) for one in taken.resolved] == [("click", True)]
+    await log.append([event("again", True, NOW + 5, **answer), event("never", False, NOW + 7, **answer)])
+    assert await likes(log) == ["again"]  # one impression, one like: its first
+    assert log.counts("user", ["u1"]) == {"u1": Counts(1, 1)}
+    time.passes(2 * LIMITS.attribution_s)
+    assert await log.sweep() == ()
+
+
+async def test_a_clock_that_is_set_neither_expires_early_nor_doubles(
+    log: EventLog, new_log: Open, time: FakeTime
+) -> None:
+    await log.append([event("a", None)])
+    time.wall -= 7200  # set back
+    await log.append([event("b", None, item_id="i8")])
+    time.wall += 3 * 7200  # and ahead
+    assert await log.sweep() == ()
+    time.wall -= 2 * 7200
+    time.passes(LIMITS.attribution_s - 1)
+    assert await log.sweep() == ()
+    time.passes(1)
+    assert len(await log.sweep()) == 2 and await log.sweep() == ()
+    # A process that starts with a clock set back goes on from the log's last entry.
+    await log.append([event("c", None, item_id="i9")])
+    await log.close()
+    time.wall -= 86_400
+    again = new_log()
+    await again.start()
+    time.passes(LIMITS.attribution_s - 1)
+    assert await again.sweep() == ()
+    time.passes(1)
+    assert len(await again.sweep()) == 1
+    await again.close()
+
+
+async def test_a_clock_set_ahead_does_not_empty_the_log(log: EventLog, time: FakeTime) -> None:
+    await log.append([event("a")])
+    time.wall += 1000 * DAY_S
+    await log.sweep()
+    assert await likes(log) == ["a"]
+
+
+async def test_old_events_leave_and_counts_and_tombstones_stay(log: EventLog, time: FakeTime) -> None:
+    await log.delete("gone")
+    await log.append([event(f"e{number}", item_id=f"i{number}") for number in range(AT_ONCE // 2)])
+    await log.append([event("late", timestamp=NOW + DAY_S)])
+    time.passes(LIMITS.retention_s + 10)
+    await log.append([event("new")])
+    await log.sweep()
+    assert sorted(await likes(log)) == ["late", "new"]
+    assert [entry.kind for entry in log.read(0, 9)] == ["deletion", "event", "event"]
+    assert log.counts("user", ["u1"]) == {"u1": Counts(252, 252)}
+    assert (await log.live(["gone"]))["gone"].deleted_at == NOW
+
+
+async def test_a_deleted_user_leaves_no_bytes_and_cannot_come_back_by_retries(log: EventLog, path: Path) -> None:
+    for number in range(30):
+        batch = [
+            event(f"{what}{number}-{more}", user_id=user_id, item_id=f"i{more}" * 5)
+            for more in range(15)
+            for what, user_id in (("secret", "victim"), ("public", "other"))
+        ]
+        await log.append([*batch, event(f"ahead{number}", user_id="victim", timestamp=NOW + 1000 + number)])
+    deleted_at, seq = await log.delete("victim")
+    assert deleted_at == NOW + 1029 and log.position().seq == seq
+    await log.sweep()  # comes after what the writer does behind a deletion
+    content = b"".join(part.read_bytes() for part in path.parent.iterdir())
+    assert b"secret" not in content and b"ahead" not in content and b"public0-0" in content
+    assert content.count(b"victim") == 3  # the tombstone: its entry, the entry's index, the table of deletions
+    assert log.counts("user", ["victim"]) == {} and log.counts("item", ["i7"]) == {"i7": Counts(30, 30)}
+    taken = await log.append([event("ahead7", user_id="victim", timestamp=NOW + 1007)])
+    assert taken.verdicts == ("forgotten",)
+    after = await log.append([event("back", user_id="victim", timestamp=NOW + 1030)])
+    assert after.verdicts == ("accepted",) and await likes(log, "victim") == ["back"]
+
+
+async def test_a_deletion_known_elsewhere_is_taken_once_and_spares_what_came_later(log: EventLog) -> None:
+    await log.append([event("old", timestamp=NOW - 10), event("new", timestamp=NOW), event("open", None, NOW)])
+    assert await log.take_deletions([("u1", NOW - 5)]) == 1
+    assert await log.take_deletions([("u1", NOW - 5), ("u1", NOW - 7)]) == 0
+    assert await likes(log) == ["new"] and log.counts("user", ["u1"]) == {"u1": Counts(1, 1)}
+    assert [entry.kind for entry in log.read(0, 9)] == ["event", "event", "deletion"]
+
+
+async def test_seqs_are_never_used_again(log: EventLog, new_log: Open) -> None:
+    await log.append([event("e1"), event("e2")])
+    await log.delete("u1")
+    await log.close()
+    again = new_log()
+    await again.start()
+    assert (await again.append([event("e3", user_id="u2")])).seq == 4
+    await again.close()
+
+
+async def test_a_reader_beside_the_writer_names_what_it_cannot_read(tmp_path: Path) -> None:
+    for content in (None, b"", b"noise" * 999):
+        path = tmp_path / "log.sqlite"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(LogFileError, match=r"log\.sqlite"):
+            open_to_read(path)

@@ -1,0 +1,112 @@
+"""The log's way into the shared store: everything, in order, whatever the store goes through."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import structlog
+from prometheus_client import CollectorRegistry
+
+from service.interactions.log import EventLog
+from service.interactions.replay import Replay
+from service.metrics.interactions import InteractionMetrics
+from tests.service.interactions.conftest import NOW, event
+from tests.service.interactions.memory import SharedMemory
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def shared() -> SharedMemory:
+    return SharedMemory()
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+async def replay(
+    log: EventLog, shared: SharedMemory, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Replay]:
+    for name in ("POLL_S", "DELETIONS_S", "FIRST_RETRY_S", "LAST_RETRY_S"):
+        monkeypatch.setattr(f"service.interactions.replay.{name}", 0.01)
+    replay = Replay(log, shared, InteractionMetrics(registry), structlog.get_logger())
+    task = asyncio.create_task(replay.run())
+    yield replay
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+async def test_what_is_acknowledged_is_shared_at_once(log: EventLog, replay: Replay, shared: SharedMemory) -> None:
+    taken = await log.append([event("e1"), event("e2", None, item_id="i8")])
+    assert await replay.caught_up(taken.seq, 20)
+    assert shared.applied_seqs == [1, 2] and shared.counts["item", "i7"] == [1, 1]
+
+
+async def test_a_store_that_was_down_gets_everything_once_and_in_order(
+    log: EventLog, replay: Replay, shared: SharedMemory, registry: CollectorRegistry
+) -> None:
+    shared.down = True
+    for number in range(30):
+        await log.append([event(f"e{number}-{more}") for more in range(20)])
+    await until(lambda: registry.get_sample_value("sella_replay_lag_entries") == 600)
+    assert not await replay.caught_up(600, 0.01)
+    shared.down = False
+    await until(lambda: shared.markers == {log.position().log_id: 600})
+    assert shared.applied_seqs == list(range(1, 601))
+    await until(lambda: registry.get_sample_value("sella_replay_lag_entries") == 0)
+
+
+async def test_a_store_that_lost_everything_is_filled_from_the_beginning(
+    log: EventLog, replay: Replay, shared: SharedMemory
+) -> None:
+    await replay.caught_up((await log.append([event("e1"), event("e2", False, item_id="i8")])).seq, 20)
+    before = (dict(shared.counts), dict(shared.likes))
+    shared.lose_everything()
+    await until(lambda: bool(shared.markers))  # without anything new in the log
+    assert (shared.counts, shared.likes) == before
+
+
+async def test_answers_that_are_lost_double_nothing(log: EventLog, replay: Replay, shared: SharedMemory) -> None:
+    shared.fails_after = 3
+    for number in range(4):
+        await replay.caught_up((await log.append([event(f"e{number}", item_id=f"i{number}")])).seq, 0.02)
+    await until(lambda: shared.markers.get(log.position().log_id) == 4)
+    assert shared.counts["user", "u1"] == [4, 4]
+
+
+async def test_a_restored_backup_is_replayed_from_its_beginning(
+    log: EventLog, shared: SharedMemory, replay: Replay
+) -> None:
+    await log.append([event("e1")])
+    shared.markers[log.position().log_id] = 1000  # of the log as it was before the backup was put back
+    await until(lambda: shared.markers[log.position().log_id] == 1)
+    assert shared.applied_seqs == [1]
+
+
+async def test_deletions_go_both_ways(log: EventLog, replay: Replay, shared: SharedMemory) -> None:
+    await log.append([event("e1"), event("e2", user_id="u2")])
+    _, seq = await log.delete("u1")
+    assert await replay.caught_up(seq, 20)
+    await until(lambda: "u1" in shared.deleted)
+    assert "u1" not in shared.likes
+    shared.deleted["u2"] = NOW + 5
+    await until(lambda: log.read(seq, 9) != [])
+    assert (await log.live(["u2"]))["u2"].likes == ()
+    assert (await log.append([event("e3", user_id="u2")])).verdicts == ("forgotten",)
+
+
+async def test_a_slow_store_delays_an_acknowledgement_only_briefly(
+    log: EventLog, replay: Replay, shared: SharedMemory
+) -> None:
+    shared.delay_s = 5.0
+    taken = await log.append([event("e1")])
+    assert not await replay.caught_up(taken.seq, 0.02)
