@@ -17,6 +17,8 @@ from models.tokens import TokenizerError
 from service.app import create_app
 from service.collaborators import Collaborators
 from service.current import CurrentBundle, open_handle
+from service.interactions.database import LogFileError
+from service.interactions.export import ExportError, export_log
 from service.interactions.recorder import open_recorder
 from service.logs import configure_logs
 from service.metrics.registry import Metrics, build_version
@@ -67,6 +69,19 @@ def run(
     reason = _serve(Collaborators(settings, current, metrics, log, interactions, quality), listener, log)
     if reason:
         _give_up(reason)
+
+
+@app.command()
+def export(
+    interactions: Annotated[Path, typer.Option(help="The log that SELLA_INTERACTIONS names.")],
+    out: Annotated[Path, typer.Option(help="The data folder to write to; its items are yours to add.")],
+) -> None:
+    """Write the log's outcomes and deletions as tables of a data folder, for sella-train. The log may be in use."""
+    try:
+        rows, deleted = export_log(interactions, out)
+    except (LogFileError, ExportError) as error:
+        _give_up(str(error))
+    typer.echo(f"{out}: {rows} interactions with a known outcome, {deleted} deleted users")
 
 
 def _listen(settings: Settings) -> socket.socket:

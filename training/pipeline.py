@@ -4,7 +4,7 @@ The stages meet through files in the run folder, so that each reads what the one
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -
     """
     if out.exists() and not (resume and run.claimed):
         raise BundleError(f"{out} already exists; choose another path or remove it")
-    dataset = Dataset(dataset.items, {name: dataset.splits[name] for name in ("train", "valid")})
+    dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
     run.claim(_identity(run, dataset, backbone), resume=resume)
     if out.exists():
         return dict(verify(out).metrics)

@@ -1,5 +1,7 @@
 """What the commands begin with: data read, a run set up, a bundle opened."""
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,9 +38,13 @@ def new_run(folder: Path, config: Config) -> Run:
 def read_data(
     folder: Path, positive_above: float | None, split_by: str | None, require: Sequence[str] = ("train", "valid")
 ) -> Dataset:
-    """Read a data folder with the options of the command line."""
+    """Read a data folder with the options of the command line; say what was dropped of it."""
     split = None if split_by is None else SplitRule.parse(split_by)
-    return load_dataset(folder, positive_above=positive_above, split=split, require=require)
+    dataset = load_dataset(folder, positive_above=positive_above, split=split, require=require)
+    if dataset.deletions is not None and os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        said = f"{dataset.deletions.height:,} deleted users: {dataset.rows_forgotten:,} rows of theirs are left out"
+        print(said, file=sys.stderr)
+    return dataset
 
 
 def open_scorer(folder: Path, device: str, dtype: str | None) -> tuple[Bundle, Scorer]:

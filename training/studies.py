@@ -4,7 +4,7 @@ Each prints what comes out, whatever it is.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def alignment_study(run: Run, dataset: Dataset, backbone: str, seeds: int) -> Va
     "aligned, warm projection": stage 2 with InfoNCE, and its projection; "aligned": the same tables behind a random
     projection; "neither": stage 2 without InfoNCE, and a random projection. Stage 1 is trained once.
     """
-    dataset = Dataset(dataset.items, {name: dataset.splits[name] for name in ("train", "valid")})
+    dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
     prepared = prepare(run, dataset, build_histories(dataset), backbone)
     valid = prepared.examples.targets("valid", run.config.max_targets)
     reached: Variants = {"aligned, warm projection": [], "aligned": [], "neither": []}

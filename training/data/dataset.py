@@ -15,6 +15,7 @@ from training.data.columns import (
     parse_titles,
     parse_weights,
 )
+from training.data.deletions import DELETED_USERS, read_deletions, without_deleted
 from training.data.errors import DataError
 from training.data.split import SPLITS, SplitRule, split_by_time
 from training.data.tables import Table, find_table, missing_column, read_table
@@ -34,16 +35,23 @@ class Dataset:
             `item_id` (str, all in `items`), `label` (Int8, 0 or 1), `timestamp` (seconds UTC, Int64, or Float64
             in all splits when one has fractions of a second), `weight` (Float32, above 0); in file order.
         titles_cleaned: how many titles were changed on reading (runs of whitespace, control characters).
+        deletions: `user_id`, `deleted_at` of the users who asked to be forgotten; None if the folder names none.
+        rows_forgotten: how many rows of theirs were dropped.
     """
 
     items: pl.DataFrame
     splits: dict[str, pl.DataFrame]
     titles_cleaned: int = 0
+    deletions: pl.DataFrame | None = None
+    rows_forgotten: int = 0
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of the content: the same for the same rows in parquet and in CSV."""
         digest = hashlib.sha256()
-        for name, frame in {"items": self.items, **self.splits}.items():
+        tables = {"items": self.items, **self.splits}
+        if self.deletions is not None:
+            tables[DELETED_USERS] = self.deletions
+        for name, frame in tables.items():
             for column in frame.columns:
                 digest.update(f"{name}.{column}:{frame.height};".encode())
                 digest.update(_canonical_bytes(frame[column]))
@@ -88,6 +96,11 @@ def load_dataset(
         name: _read_interactions(path, positive_above, items["item_id"], items_path.name)
         for name, path in paths.items()
     }
+    deletions = read_deletions(folder)
+    read = sum(frame.height for frame in frames.values())
+    if deletions is not None:
+        frames = without_deleted(frames, deletions, {name: path.name for name, path in paths.items()})
+    forgotten = read - sum(frame.height for frame in frames.values())
     if INTERACTIONS in frames:
         frames = split_by_time(frames[INTERACTIONS], split or SplitRule(), paths[INTERACTIONS].name)
     for name in require:
@@ -96,7 +109,7 @@ def load_dataset(
                 f"{folder}: split '{name}' is needed but not there; found: {_listing(folder)}; "
                 f"add {name}.parquet or {name}.csv"
             )
-    return Dataset(items, _one_timestamp_type(frames), titles_cleaned)
+    return Dataset(items, _one_timestamp_type(frames), titles_cleaned, deletions, forgotten)
 
 
 def _listing(folder: Path) -> str:

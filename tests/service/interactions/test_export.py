@@ -1,0 +1,57 @@
+"""The log as a data folder, read by the one who trains on it."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from models.features import UserFeatures
+from service.cli import app
+from service.interactions.export import export_log
+from service.interactions.histories import merged
+from service.interactions.log import EventLog
+from tests.service.interactions.conftest import LIMITS, NOW, FakeTime, event
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_known_outcomes_are_exported_once_and_deleted_users_beside(
+    log: EventLog, path: Path, tmp_path: Path, time: FakeTime
+) -> None:
+    answer = {"request_id": "r1", "position": 2, "item_id": "i3"}
+    await log.append([event("a", None), event("b", None, item_id="i8"), event("v", None, NOW + 1, **answer)])
+    await log.append([event("c", True, NOW + 5.5, **answer), event("n", False, NOW + 2, item_id="i9")])
+    await log.append([event("x", user_id="gone"), event("a", True)])
+    await log.delete("gone")
+    time.passes(LIMITS.attribution_s)
+    assert len(await log.sweep()) == 1
+    await log.append([event("pending", None, item_id="i1")])
+    out = tmp_path / "data"
+    result = CliRunner().invoke(app, ["export", "--interactions", str(path), "--out", str(out)])
+    assert result.exit_code == 0 and "4 interactions with a known outcome, 1 deleted users" in result.output
+    assert pl.read_parquet(out / "interactions.parquet").rows() == [
+        ("u1", "i7", 1, NOW),
+        ("u1", "i8", 0, NOW),
+        ("u1", "i9", 0, NOW + 2),
+        ("u1", "i3", 1, NOW + 5.5),
+    ]
+    assert pl.read_parquet(out / "deleted_users.parquet").rows() == [("gone", NOW)]
+
+
+async def test_a_bundle_trained_on_an_export_doubles_no_like(log: EventLog, path: Path, tmp_path: Path) -> None:
+    await log.append([event(f"e{number}", item_id=f"i{number}", timestamp=NOW + number / 3) for number in range(5)])
+    await log.append([event("tie", item_id="i2", timestamp=NOW), event("tie2", item_id="i1", timestamp=NOW)])
+    export_log(path, tmp_path)
+    rows = pl.read_parquet(tmp_path / "interactions.parquet")
+    stored = UserFeatures("u1", None, tuple(rows["item_id"]), tuple(rows["timestamp"]), rows.height)
+    live = (await log.live(["u1"]))["u1"]
+    assert stored.history == tuple(like.item_id for like in live.likes)
+    both = merged("u1", stored, live)
+    assert both.features == stored and both.likes == 0
+
+
+def test_what_is_no_log_is_one_clear_line(tmp_path: Path) -> None:
+    for argument in (tmp_path / "missing.sqlite", tmp_path):
+        result = CliRunner().invoke(app, ["export", "--interactions", str(argument), "--out", str(tmp_path / "out")])
+        assert result.exit_code == 2 and str(argument) in result.output and not (tmp_path / "out").exists()
