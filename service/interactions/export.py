@@ -7,8 +7,8 @@ import polars as pl
 
 from service.interactions.database import open_to_read
 
-# An impression whose outcome is known, once: a positive at its like's time, so that a live history and a trained one are
-# the same; a negative at the time it was shown. Equal times stand in the order in which live histories have them.
+# An impression whose outcome is known, once: a positive at its like's time, so that a live history and a trained one
+# are the same; a negative at the time it was shown. Equal times stand in the order in which live histories have them.
 _OUTCOMES = """
 SELECT user_id, item_id, state = 2, coalesce(like_timestamp, shown) AS at, coalesce(like_event_id, impression_id) AS id
 FROM impressions WHERE state > 0 ORDER BY at, id

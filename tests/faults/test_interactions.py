@@ -1,0 +1,133 @@
+"""Interactions while the service is killed, its disk is full or its log is held by another."""
+
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models.loading import Bundle
+from service.interactions.database import open_to_read
+from service.interactions.ledger import Ledger
+from tests.serving import Server, wait_for
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start(bundle: Bundle, tmp_path: Path) -> Iterator[Start]:
+    """Starts servers on one log, and ends them all."""
+    servers = []
+
+    def begin() -> Server:
+        server = Server(bundle.folder, SELLA_INTERACTIONS=str(tmp_path / "log.sqlite"))
+        servers.append(server)
+        wait_for(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+        return server
+
+    yield begin
+    for server in servers:
+        server.clean_up()
+
+
+def told(event_id: str, user_id: str = "u1") -> dict[str, Any]:
+    return {"event_id": event_id, "user_id": user_id, "item_id": "i7", "label": True, "timestamp": int(time.time())}
+
+
+def post(client: httpx.Client, *events: dict[str, Any]) -> httpx.Response:
+    return client.post("/interactions", json={"interactions": list(events)})
+
+
+def ready(server: Server) -> bool:
+    return bool(httpx.get(f"{server.url}/readyz").json()["interactions"]["ready"])
+
+
+def test_no_acknowledged_interaction_is_lost_or_doubled_by_kill_9(start: Start, tmp_path: Path) -> None:
+    server = start()
+    sent: list[list[dict[str, Any]]] = []
+    acknowledged: list[dict[str, Any]] = []
+
+    def send(number: int) -> None:
+        with server.client() as client:
+            for count in range(10_000):
+                batch = [told(f"{number}-{count}-{more}", f"user{number}") for more in range(3)]
+                sent.append(batch)
+                try:
+                    assert post(client, *batch).status_code == 200
+                except httpx.HTTPError:
+                    return
+                acknowledged.extend(batch)
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(acknowledged) > 300)
+    server.process.kill()
+    for thread in threads:
+        thread.join()
+    again = start()
+    with again.client() as client:
+        for first in range(0, len(acknowledged), 500):
+            some = acknowledged[first : first + 500]
+            assert post(client, *some).json()["duplicates"] == len(some)
+        everything = [one for batch in sent for one in batch]
+        for first in range(0, len(everything), 500):
+            assert post(client, *everything[first : first + 500]).status_code == 200
+        answer = client.post("/rank", json={"user_id": "user0", "candidates": ["i1"]}).json()
+    assert answer["history"]["source"] == "live"
+    connection = open_to_read(tmp_path / "log.sqlite")
+    ledger = Ledger(connection, 60.0)
+    assert ledger.entries() == len(everything)
+    assert ledger.counts("item", ["i7"])["i7"] == (len(everything), len(everything))
+    connection.close()
+
+
+def test_a_full_disk_is_a_503_scores_go_on_and_it_recovers(start: Start, tmp_path: Path) -> None:
+    server = start()
+    pid = server.process.pid
+    acknowledged = 0
+    with server.client() as client:
+        assert post(client, told("first")).status_code == 200
+        # The largest file that this process may write, from now on: what a full disk does to it, and to it alone.
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        room = (tmp_path / "log.sqlite-wal").stat().st_size + 50_000
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, before[1]))
+        for count in range(1000):
+            response = post(client, *(told(f"e{count}-{more}") for more in range(10)))
+            if response.status_code != 200:
+                break
+            acknowledged += 10
+        assert response.status_code == 503 and response.json()["error"]["code"] == "log_unavailable"
+        assert "retry-after" in response.headers
+        assert client.post("/rank", json={"user_id": "u1", "candidates": ["i1"]}).json()["history"]["source"] == "live"
+        state = client.get("/readyz")
+        assert state.status_code == 200 and not state.json()["interactions"]["ready"]
+        assert "sella_log_up 0.0" in client.get("/metrics").text
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+        wait_for(lambda: ready(server), 30)  # by itself, without a request
+        assert post(client, *(told(f"e{count}-{more}") for more in range(10))).json()["accepted"] == 10
+        assert "sella_log_up 1.0" in client.get("/metrics").text
+    assert server.end(signal.SIGTERM) == 0
+    connection = open_to_read(tmp_path / "log.sqlite")
+    assert Ledger(connection, 60.0).entries() == acknowledged + 11
+    connection.close()
+
+
+def test_a_second_server_scores_without_the_log_and_takes_it_over(start: Start) -> None:
+    first, second = start(), start()
+    assert ready(first) and not ready(second)
+    e1, e2 = told("e1", "new"), told("e2", "new")
+    with first.client() as one, second.client() as other:
+        assert post(one, e1).status_code == 200
+        assert post(other, e2).status_code == 503
+        assert other.post("/rank", json={"user_id": "new", "candidates": ["i1"]}).status_code == 200
+        first.process.kill()
+        wait_for(lambda: ready(second), 30)
+        assert post(other, e1, e2).status_code == 200
+        history = other.post("/rank", json={"user_id": "new", "candidates": ["i1"]}).json()["history"]
+    assert history["given"] == 2
