@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from models.loading import Bundle
 from service.collaborators import Collaborators
-from service.engines.protocol import ScoreJob
+from service.engines.protocol import EngineUsage, ScoreJob
 from service.metrics.registry import Metrics
 from tests.service.conftest import client_of, collaborators
 from tests.service.echo import EchoEngine
@@ -115,6 +115,27 @@ async def test_batches_are_counted_as_the_engine_gets_them(bundle: Bundle, echo:
     assert value(service.metrics, "sella_batch_requests_sum", kind="distil") == 1
     assert value(service.metrics, "sella_batch_candidates_sum") == 6
     assert value(service.metrics, "sella_batch_tokens_sum", kind="score") == sum(one.pack.tokens for one in scored)
+
+
+async def test_engines_are_added_up_and_counted_once(
+    client: httpx.AsyncClient, service: Collaborators, echo: EchoEngine
+) -> None:
+    echo.used = EngineUsage(3, 700, 200, 100, cache_bytes=50, memory_bytes=60, memory_total_bytes=100, device="cpu")
+    for _ in range(2):
+        await client.get("/metrics")
+    other = EchoEngine()
+    other.used = EngineUsage(1, 10, 20, 30, cache_bytes=5, memory_bytes=6, memory_total_bytes=100, device="cpu")
+    service.metrics.engine.read([echo, other, echo])
+    assert value(service.metrics, "sella_forwards_total") == 4
+    assert value(service.metrics, "sella_tokens_total") == 710
+    assert value(service.metrics, "sella_cached_tokens_total") == 220
+    assert value(service.metrics, "sella_packing_saved_tokens_total") == 130
+    assert value(service.metrics, "sella_engine_cache_bytes", device="cpu") == 55
+    assert value(service.metrics, "sella_engine_memory_bytes", device="cpu") == 66
+    assert value(service.metrics, "sella_engine_memory_total_bytes", device="cpu") == 100
+    service.metrics.engine.read([other])  # the first was closed: what it did stays counted, what it took is free
+    assert value(service.metrics, "sella_tokens_total") == 710
+    assert value(service.metrics, "sella_engine_memory_bytes", device="cpu") == 6
 
 
 async def test_a_retired_bundle_leaves_no_series(client: httpx.AsyncClient, service: Collaborators) -> None:
