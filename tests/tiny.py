@@ -14,7 +14,7 @@ the prompt's window.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -59,6 +59,7 @@ def tiny_bundle(
     dtype: Dtype = "float32",
     template: TemplateConfig | None = None,
     d_model: int = D_MODEL,
+    reference: dict[str, Any] | None = None,
 ) -> Bundle:
     """Write a random bundle at `out` and open it."""
     size = size or TinySize()
@@ -92,7 +93,7 @@ def tiny_bundle(
             training={},
             seed=seed,
             metrics={},
-            reference={},
+            reference=reference or {},
             files=files,
         )
 
