@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.cold import UserPrior
-from models.features import ItemFeatures, UserFeatures
+from models.features import HistoryItem, ItemFeatures, UserFeatures
 from models.packs import Branch, Pack, ScoringGroup
 from models.segments import Segment
 from models.template import PromptKind, Template, Title, window_start
@@ -67,7 +67,7 @@ class Assembler:
         """Return a title's tokens under the cap."""
         return self._title(text)
 
-    def user(self, user: UserFeatures | None, window: Sequence[ItemFeatures], total: int) -> AssembledUser:
+    def user(self, user: UserFeatures | None, window: Sequence[HistoryItem], total: int) -> AssembledUser:
         """Assemble the user segment for a window of liked items, oldest first, out of a history of `total`.
 
         A user without a trained vector is folded in from the items that the prompt shows.

@@ -5,6 +5,7 @@ Shapes: U users, I items, C = d_C, D = d_L.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,25 @@ class UserFeatures:
     history: tuple[str, ...]  # last liked item ids, oldest first, at most the template's window
     history_times: tuple[float, ...]  # when each of them was liked, UTC seconds
     history_total: int  # how many liked items the user has had in all
+
+
+class HistoryItem(Protocol):
+    """What a prompt needs of an item in a history: not the vectors that stand behind a candidate's slots."""
+
+    @property
+    def item_id(self) -> str:
+        """The item's canonical id."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """The catalogue's title."""
+        ...
+
+    @property
+    def fold_C(self) -> Floats:  # noqa: N802
+        """Stage 2's vector, for folding users in."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ def create_app(service: Collaborators, on_broken: Callable[[str], None] = lambda
             await watch
         await service.current.close()
         await service.interactions.close()
+        await service.stores.close()
 
     app = FastAPI(
         title="sella", version=build_version(), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False

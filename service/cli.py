@@ -1,4 +1,4 @@
-"""`sella-serve`: a bundle in, a server on a port."""
+"""`sella-serve`: a bundle in, a server on a port; or a bundle into Redis."""
 
 import signal
 import socket
@@ -17,6 +17,8 @@ from models.tokens import TokenizerError
 from service.app import create_app
 from service.collaborators import Collaborators
 from service.current import CurrentBundle, open_handle
+from service.features.choice import Stores
+from service.features.publish_command import publish
 from service.interactions.database import LogFileError
 from service.interactions.export import ExportError, export_log
 from service.interactions.recorder import open_recorder
@@ -24,7 +26,7 @@ from service.logs import configure_logs
 from service.metrics.registry import Metrics, build_version
 from service.quality.live import LiveQuality
 from service.quality.served import ServedScores
-from service.settings import Settings, SettingsError, load_settings
+from service.settings import DAY_S, Settings, SettingsError, load_settings
 
 CANNOT_SERVE = 2
 
@@ -36,6 +38,9 @@ def main() -> None:
     """Serve scores from a bundle."""
 
 
+app.command()(publish)
+
+
 @app.command()
 def run(
     bundle: Annotated[Path | None, typer.Option(help="The bundle's folder [env: SELLA_BUNDLE].")] = None,
@@ -45,16 +50,21 @@ def run(
         Literal["packed", "vllm"] | None,
         typer.Option(help="What computes the scores [env: SELLA_ENGINE; default packed]."),
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="embedded, or the address of a Redis [env: SELLA_STORE; default embedded]."),
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP until SIGTERM or Ctrl-C. Every other setting is a SELLA_ variable."""
     try:
-        settings = load_settings(bundle=bundle, host=host, port=port, engine=engine)
+        settings = load_settings(bundle=bundle, host=host, port=port, engine=engine, store=store)
         log = configure_logs(settings)
         metrics = Metrics(settings.drift_window, settings.quality_window)
         quality = LiveQuality(ServedScores(settings.quality_scores, settings.quality_age_s), metrics.quality)
         # Verified before anything listens: a broken bundle is one line here, not a server that is never ready.
         opened = Bundle.open(settings.bundle)
-        current = CurrentBundle(open_handle(settings, opened, metrics, log))
+        stores = Stores.of(settings, metrics.store, log)
+        current = CurrentBundle(open_handle(settings, opened, metrics, log, stores))
         listener = _listen(settings)
     except (SettingsError, BundleError, BackboneError, TokenizerError, OSError) as error:
         _give_up(str(error))
@@ -65,8 +75,8 @@ def run(
         f"sella {build_version()}: bundle {opened.id[:12]} ({sizes.users} users, {sizes.items} items) on {url} - "
         f"the model is loading; {url}/readyz says when it is ready, {url}/docs what to send"
     )
-    interactions = open_recorder(settings, metrics, log)
-    reason = _serve(Collaborators(settings, current, metrics, log, interactions, quality), listener, log)
+    interactions = open_recorder(settings, metrics, log, stores.interactions(settings.retention_days * DAY_S))
+    reason = _serve(Collaborators(settings, current, metrics, log, interactions, quality, stores), listener, log)
     if reason:
         _give_up(reason)
 

@@ -7,6 +7,7 @@ from fastapi import Request
 
 from service.answers import EngineReadiness, InteractionsReadiness, Readiness, StoreReadiness
 from service.current import CurrentBundle
+from service.features.choice import Stores
 from service.interactions.recorder import Recorder
 from service.metrics.registry import Metrics
 from service.quality.live import LiveQuality
@@ -15,7 +16,7 @@ from service.settings import Settings
 
 @dataclass(frozen=True)
 class Collaborators:
-    """One application's settings, bundle, metrics, log, interactions and memory of what it served."""
+    """One application's settings, bundle, metrics, log, interactions, memory of what it served, and stores."""
 
     settings: Settings
     current: CurrentBundle
@@ -23,6 +24,7 @@ class Collaborators:
     log: structlog.stdlib.BoundLogger
     interactions: Recorder
     quality: LiveQuality
+    stores: Stores
 
     async def readiness(self) -> Readiness:
         """Return whether a request would be scored now."""

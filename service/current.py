@@ -13,7 +13,7 @@ from models.loading import Bundle, Calibration
 from service.batcher import Batcher, BatchLimits
 from service.engines.choice import open_engine
 from service.engines.protocol import Engine
-from service.features.choice import open_store
+from service.features.choice import Stores, open_store
 from service.features.protocol import FeatureStore
 from service.metrics.registry import Metrics
 from service.settings import Settings
@@ -58,10 +58,11 @@ class CurrentBundle:
         """Wait until no request holds the bundle, then free it."""
         await self._free.wait()
         await self.handle.engine.close()
+        await self.handle.store.close()
 
 
 def open_handle(
-    settings: Settings, bundle: Bundle, metrics: Metrics, log: structlog.stdlib.BoundLogger
+    settings: Settings, bundle: Bundle, metrics: Metrics, log: structlog.stdlib.BoundLogger, stores: Stores
 ) -> BundleHandle:
     """Open a verified bundle's tables and tokenizer here; its engine starts loading when it is told to.
 
@@ -83,7 +84,7 @@ def open_handle(
     return BundleHandle(
         bundle_id=bundle.id,
         tables=tables,
-        store=open_store(bundle.id, tables),
+        store=open_store(bundle.id, tables, stores),
         assembler=assembler,
         calibration=bundle.calibration(),
         engine=engine,

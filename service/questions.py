@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from models.assembly import history_window
-from models.features import ItemFeatures
+from models.features import HistoryItem, ItemFeatures
 from models.template import Template
 from service.answers import HistorySource, Skipped
 from service.errors import DuplicateCandidateError, LimitError, UnknownItemError
@@ -38,10 +38,13 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """An item that will stand in the prompt. `features` is None until its title is distilled."""
+    """An item that will stand in the prompt. `features` is None until its title is distilled.
+
+    A candidate's are whole `ItemFeatures`; of an item in the history less may be known.
+    """
 
     asked: Asked
-    features: ItemFeatures | None
+    features: HistoryItem | None
     in_catalogue: bool
     title_ignored: bool
 
@@ -161,9 +164,9 @@ def _resolve(
         history_ids = frozenset(stored)
         # The client did not send these, so an item that left the catalogue is dropped and counted, not an error.
         window = [
-            PromptItem(Asked(one, None, "history"), found.items[one], in_catalogue=True, title_ignored=False)
+            PromptItem(Asked(one, None, "history"), item, in_catalogue=True, title_ignored=False)
             for one in history_window(stored, total, template)
-            if one in found.items
+            if (item := found.history_item(one)) is not None
         ]
     candidates = tuple(_find(one, found.items, on_unknown, skipped) for one in question.candidates)
     known = tuple(one for one in window if one is not None)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from models.assembly import AssembledUser, Assembler
-from models.features import Floats, ItemFeatures, UserFeatures
+from models.features import Floats, HistoryItem, ItemFeatures, UserFeatures
 from models.packs import ScoringGroup
 from service.answers import HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
@@ -175,8 +175,8 @@ async def _assemble(
 
 
 def _assemble_one(resolved: Resolved, known: UserFeatures | None, assembler: Assembler) -> _Prompt:
-    user = assembler.user(known, [_features(item) for item in resolved.window], resolved.total)
-    items = [_features(item) for item in resolved.candidates if item is not None]
+    user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total)
+    items = [_candidate(item) for item in resolved.candidates if item is not None]
     return _Prompt(
         resolved=resolved,
         user=user,
@@ -185,8 +185,13 @@ def _assemble_one(resolved: Resolved, known: UserFeatures | None, assembler: Ass
     )
 
 
-def _features(item: PromptItem) -> ItemFeatures:
+def _known(item: PromptItem) -> HistoryItem:
     assert item.features is not None, "unknown items are distilled before they are assembled"
+    return item.features
+
+
+def _candidate(item: PromptItem) -> ItemFeatures:
+    assert isinstance(item.features, ItemFeatures), "a candidate needs the vectors behind its slots"
     return item.features
 
 
@@ -225,7 +230,7 @@ def _answer(prompt: _Prompt, raw_K: Floats | None, handle: BundleHandle) -> Answ
 
 
 def _scored(item: PromptItem, resolved: Resolved, raw: float, calibrated: float, title_cut: int) -> ScoredItem:
-    features = _features(item)
+    features = _candidate(item)
     return ScoredItem(
         item_id=item.asked.item_id,
         score=calibrated,

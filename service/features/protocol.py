@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from models.features import ItemFeatures, UserFeatures
+from models.features import HistoryItem, ItemFeatures, UserFeatures
 from service.interactions.live import LiveUser
 
 
@@ -25,13 +25,20 @@ class Query:
 class Features:
     """What is known; ids that nothing is known of are missing.
 
-    `live` is what the store shares with other servers of the users whose stored history was wanted; the items of those
-    likes are among `items`.
+    `items` are those asked for, whole: only they can be candidates. `history_items` are those that only the stored
+    histories and the likes in `live` name; a store may answer them without the vectors behind a candidate's slots.
+    `live` is what the store shares with other servers of the users whose stored history was wanted, and of any user
+    who was deleted.
     """
 
     users: Mapping[str, UserFeatures]
     items: Mapping[str, ItemFeatures]
     live: Mapping[str, LiveUser] = field(default_factory=dict)
+    history_items: Mapping[str, HistoryItem] = field(default_factory=dict)
+
+    def history_item(self, item_id: str) -> HistoryItem | None:
+        """Return what is known of an item of a history, however it came to be known."""
+        return self.items.get(item_id) or self.history_items.get(item_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +58,8 @@ class FeatureStore(Protocol):
 
     async def health(self) -> StoreHealth:
         """Return whether the store answers."""
+        ...
+
+    async def close(self) -> None:
+        """End what the store does in the background and free what it keeps of the bundle."""
         ...

@@ -13,6 +13,7 @@ from service.metrics.interactions import InteractionMetrics
 from service.metrics.quality import QualityMetrics
 from service.metrics.requests import RequestMetrics
 from service.metrics.scored import ScoredMetrics, Tally
+from service.metrics.store import StoreMetrics
 
 # Latest values that a figure is of: at ten thousand an AUC is known to about 0.01, and drift within a few minutes of
 # traffic. Ten thousand labelled scores take 50 kB a bundle.
@@ -51,6 +52,7 @@ class Metrics:
         self._bundle = Gauge(
             "sella_bundle_info", "1 for each bundle that is served.", ["bundle_id", "merged_id"], registry=registry
         )
+        self.store = StoreMetrics(registry)
         build = Gauge("sella_build_info", "1; the label says what runs.", ["version"], registry=registry)
         build.labels(build_version()).set(1)
         # What many parts of the service count, by short names.

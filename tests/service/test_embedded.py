@@ -16,7 +16,9 @@ async def test_one_call_answers_users_items_and_stored_histories(bundle: Bundle)
     stored = tables.user("u1")
     assert stored is not None
     assert found.users.keys() == {"u0", "u1"}
-    assert found.items.keys() == {"i3", *stored.history}
+    assert found.items.keys() == {"i3"}
+    assert found.history_items.keys() == {*stored.history} - {"i3"}
+    assert all(found.history_item(one) is not None for one in stored.history)
     assert (await store.health()).ready
 
 

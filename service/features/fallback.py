@@ -1,0 +1,145 @@
+"""Redis as long as it answers in time, else the embedded tables: a request never fails for the store."""
+
+import asyncio
+import time
+from contextlib import suppress
+
+import structlog
+
+from service.features.embedded import EmbeddedStore
+from service.features.protocol import Features, Query, StoreHealth
+from service.features.redis import LookUpError, RedisStore
+from service.metrics.store import FallbackReason, StoreMetrics
+
+# Look-ups in a row that may fail before Redis is left alone: one may be the event loop's own delay.
+FAILURES = 3
+CHECK_S = 1.0
+
+
+class FallbackStore:
+    """A `FeatureStore` of one bundle over Redis and the bundle's own tables, which are always there.
+
+    After some failures in a row no request asks Redis until a check in the background has found it well, so that a
+    Redis that hangs costs a request nothing. The check runs from the first use until `close`.
+    """
+
+    def __init__(
+        self,
+        redis: RedisStore,
+        embedded: EmbeddedStore,
+        limit_s: float,
+        metrics: StoreMetrics,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        self._redis = redis
+        self._embedded = embedded
+        self._limit_s = limit_s
+        self._metrics = metrics
+        self._log = log
+        self._failures = 0
+        self._trouble: LookUpError | None = None  # why Redis is left alone; None while it is asked
+        self._detail = "redis: not asked yet"
+        self._watch: asyncio.Task[None] | None = None
+
+    async def look_up(self, bundle_id: str, query: Query) -> Features:
+        """Return everything that the query names and the bundle knows, from Redis or from the tables.
+
+        Raises:
+            KeyError: the query is for another bundle.
+        """
+        self._start()
+        started = time.monotonic()
+        if self._trouble is None:
+            try:
+                async with asyncio.timeout(self._limit_s):
+                    found = await self._redis.look_up(bundle_id, query)
+            except TimeoutError:
+                reason = self._failed(
+                    LookUpError("timeout", f"Redis does not answer within {self._limit_s * 1000:g} ms")
+                )
+            except LookUpError as error:
+                reason = self._failed(error)
+            else:
+                self._failures = 0
+                found = await self._filled(bundle_id, query, found)
+                self._metrics.looked_up("redis", time.monotonic() - started)
+                return found
+        else:
+            reason = self._trouble.reason
+        self._metrics.fell_back(reason)
+        started = time.monotonic()
+        found = await self._embedded.look_up(bundle_id, query)
+        self._metrics.looked_up("embedded", time.monotonic() - started)
+        return found
+
+    def _failed(self, error: LookUpError) -> FallbackReason:
+        self._failures += 1
+        # A bundle that is not there will not be there for the next request either.
+        if self._failures >= FAILURES or error.reason == "bundle_missing":
+            self._leave_alone(error)
+        return error.reason
+
+    async def _filled(self, bundle_id: str, query: Query, found: Features) -> Features:
+        """Add what Redis has lost and the tables know: evicted keys. Who was deleted stays out."""
+        deleted = {one for one, live in found.live.items() if live.deleted_at is not None}
+        users = query.user_ids - found.users.keys() - deleted
+        items = query.item_ids - found.items.keys()
+        named = {one for user_id in query.histories_of & found.users.keys() for one in found.users[user_id].history}
+        named |= {like.item_id for live in found.live.values() for like in live.likes}
+        named -= found.items.keys() | found.history_items.keys() | items
+        if not (users or items or named):
+            return found
+        known = await self._embedded.look_up(bundle_id, Query(users, items | named, query.histories_of & users))
+        self._metrics.filled("user", len(known.users))
+        self._metrics.filled("item", len(known.items))
+        return Features(
+            users={**known.users, **found.users},
+            items={**{one: known.items[one] for one in items & known.items.keys()}, **found.items},
+            live=found.live,
+            history_items={**known.items, **known.history_items, **found.history_items},
+        )
+
+    async def health(self) -> StoreHealth:
+        """Return ready, whatever Redis does, and in the detail where answers come from."""
+        self._start()
+        if self._trouble is None:
+            return StoreHealth(True, self._detail)
+        return StoreHealth(True, f"embedded tables, because {self._trouble}")
+
+    async def close(self) -> None:
+        """End the check in the background and free the bundle's items."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        self._redis.forget()
+
+    def _start(self) -> None:
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._check_forever())
+
+    async def _check_forever(self) -> None:
+        while True:
+            await self._check()
+            await asyncio.sleep(CHECK_S)
+
+    async def _check(self) -> None:
+        try:
+            async with asyncio.timeout(self._limit_s):
+                self._detail = await self._redis.check()
+        except TimeoutError:
+            self._leave_alone(LookUpError("timeout", f"Redis does not answer within {self._limit_s * 1000:g} ms"))
+        except LookUpError as error:
+            self._leave_alone(error)
+        else:
+            self._metrics.up(True)
+            if self._trouble is not None:
+                self._log.info("store_recovered", detail=self._detail)
+                self._trouble = None
+                self._failures = FAILURES - 1  # one failure more and it is left alone again
+
+    def _leave_alone(self, error: LookUpError) -> None:
+        self._metrics.up(False)
+        if self._trouble is None or self._trouble.reason != error.reason:
+            self._log.warning("store_lost", reason=error.reason, detail=str(error))
+        self._trouble = error

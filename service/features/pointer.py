@@ -1,0 +1,68 @@
+"""Follows the pointer in Redis to the bundle that is to be served."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from service.features.keys import POINTER
+
+_BUNDLE_ID = re.compile(r"[0-9a-f]{64}")
+
+
+class PointerWatch:
+    """Asks for the pointer every `interval_s` and tells of each new one, once.
+
+    While Redis is away nothing changes. What `on_change` raises is logged and the pointer not asked about again until
+    it moves: a bundle that was refused would be refused every time.
+    """
+
+    def __init__(
+        self,
+        client: Redis,
+        interval_s: float,
+        on_change: Callable[[str], Awaitable[None]],
+        log: structlog.stdlib.BoundLogger,
+        *,
+        served: str = "",
+    ) -> None:
+        self._client = client
+        self._interval_s = interval_s
+        self._on_change = on_change
+        self._log = log
+        self._seen = served
+        self._answers = True
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            pointed = await self._ask()
+            if pointed is not None and pointed != self._seen:
+                self._seen = pointed
+                await self._tell(pointed)
+            await asyncio.sleep(self._interval_s)
+
+    async def _tell(self, bundle_id: str) -> None:
+        if not _BUNDLE_ID.fullmatch(bundle_id):
+            self._log.error("pointer_unusable", pointer=bundle_id[:80], key=POINTER)
+            return
+        self._log.info("pointer_moved", bundle_id=bundle_id)
+        try:
+            await self._on_change(bundle_id)
+        except Exception as error:
+            self._log.error("pointer_not_followed", bundle_id=bundle_id, reason=str(error))
+
+    async def _ask(self) -> str | None:
+        """Return the pointer; None if there is none, or no Redis."""
+        try:
+            told = await self._client.get(POINTER)
+        except (RedisError, OSError) as error:
+            if self._answers:
+                self._log.warning("pointer_unknown", reason=str(error))
+            self._answers = False
+            return None
+        self._answers = True
+        return told.decode(errors="replace") if isinstance(told, bytes) else told

@@ -1,0 +1,157 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import service.features.publish as publishing
+from models.loading import Bundle
+from service.cli import app
+from service.features.client import open_publisher
+from service.features.keys import BUNDLES, DELETED, POINTER, BundleKeys
+from service.features.publish import Publisher, PublishError, PublishOptions
+from tests.redis_server import RedisServer, redis_server
+from tests.service.published import publish
+from tests.tiny import tiny_bundle
+
+
+@pytest.fixture(scope="session")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "newer", seed=7)
+
+
+class KilledError(Exception):
+    """Stands for a kill: nothing runs after it."""
+
+
+def publish_killed_after(server: RedisServer, bundle: Bundle, ticks: int, **options: object) -> None:
+    left = ticks
+
+    def tick(what: str, done: int, total: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+
+    client = open_publisher(server.url)
+    with pytest.raises(KilledError):
+        Publisher(client, bundle, PublishOptions(batch=7, **options), tick).publish()  # type: ignore[arg-type]
+    client.close()
+
+
+def test_the_pointer_moves_last_and_a_rerun_goes_on(redis: RedisServer, bundle: Bundle) -> None:
+    publish_killed_after(redis, bundle, 3)
+    with redis.client() as client:
+        meta = BundleKeys(bundle.id).meta
+        assert client.get(POINTER) is None and client.hget(meta, "complete") is None
+        assert client.hget(meta, "items_done") == b"28"
+        client.delete(BundleKeys(bundle.id).items + "i0")  # a rerun that began anew would write it
+        with pytest.raises(PublishError, match="'i0'"):
+            publish(redis, bundle)
+        assert client.get(POINTER) is None
+        assert publish(redis, bundle).items == 40  # the loss sent it back to the start
+        assert client.get(POINTER) == bundle.id.encode()
+        assert client.hget(meta, "complete") == b"1"
+
+
+def test_a_second_publish_writes_nothing_and_again_writes_all(redis: RedisServer, bundle: Bundle) -> None:
+    assert not publish(redis, bundle).already
+    with redis.client() as client:
+        client.config_resetstat()
+        assert publish(redis, bundle).already
+        assert "cmdstat_set" not in client.info("commandstats")
+        size = client.strlen(BundleKeys(bundle.id).items + "i0")
+        assert not publish(redis, bundle, again=True, precision="float16").already
+        assert client.strlen(BundleKeys(bundle.id).items + "i0") < size
+
+
+def test_a_superseded_bundle_expires_and_going_back_to_it_ends_that(
+    redis: RedisServer, bundle: Bundle, newer: Bundle
+) -> None:
+    publish(redis, bundle)
+    published = publish(redis, newer, keep_s=1000)
+    old, new = BundleKeys(bundle.id), BundleKeys(newer.id)
+    with redis.client() as client:
+        assert published.expiring == 20 + 40 + 1
+        assert all(0 < client.ttl(key) <= 1001 for key in client.scan_iter(f"{old.prefix}*"))
+        assert client.hget(old.meta, "complete") == b"1"  # servers that have not switched still look up in it
+        assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{new.prefix}*"))
+        assert publish(redis, bundle).expiring == 61
+        assert client.get(POINTER) == bundle.id.encode()
+        assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{old.prefix}*"))
+        assert all(client.ttl(key) > 0 for key in client.scan_iter(f"{new.prefix}*"))
+
+
+def test_expiring_that_was_cut_short_is_finished_by_a_rerun(
+    redis: RedisServer, bundle: Bundle, newer: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(redis, bundle)
+
+    def killed(*_: object) -> int:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "expire_superseded", killed)
+        with pytest.raises(KilledError):
+            publish(redis, newer)
+    with redis.client() as client:
+        assert client.ttl(BundleKeys(bundle.id).meta) == -1
+        assert publish(redis, newer).already
+        assert all(client.ttl(key) > 0 for key in client.scan_iter(f"{BundleKeys(bundle.id).prefix}*"))
+
+
+def test_a_deleted_user_is_left_out_even_when_deleted_while_they_are_written(
+    redis: RedisServer, bundle: Bundle
+) -> None:
+    with redis.client() as client:
+        client.hset(DELETED, "u3", "1800000000.0")
+
+        def tick(what: str, done: int, total: int) -> None:
+            if what == "users" and done == 20:
+                client.hset(DELETED, "u5", "1800000000.0")
+
+        publisher = open_publisher(redis.url)
+        published = Publisher(publisher, bundle, PublishOptions(), tick).publish()
+        publisher.close()
+        assert (published.users, published.deleted) == (18, 2)
+        assert client.exists(*(BundleKeys(bundle.id).users + one for one in ("u3", "u5"))) == 0
+
+
+def test_too_little_memory_is_one_line_and_the_pointer_stays(bundle: Bundle) -> None:
+    with redis_server("--maxmemory-policy", "noeviction") as server, server.client() as client:
+        client.set(POINTER, "as it was")
+
+        def full(*_: object) -> None:
+            client.config_set("maxmemory", 1)
+
+        publisher = open_publisher(server.url)
+        with pytest.raises(PublishError, match="no memory left"):
+            Publisher(publisher, bundle, PublishOptions(batch=5), full).publish()
+        publisher.close()
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + 10_000)
+        client.delete(BundleKeys(bundle.id).meta)
+        told = CliRunner().invoke(app, ["publish", "--bundle", str(bundle.folder), "--redis", server.url])
+        assert told.exit_code == 2, told.output
+        assert "maxmemory" in told.output and "Traceback" not in told.output
+        assert client.get(POINTER) == b"as it was"
+
+
+def test_a_read_only_redis_and_one_that_is_away_are_one_line(
+    redis: RedisServer, bundle: Bundle, tmp_path: Path
+) -> None:
+    command = ["publish", "--bundle", str(bundle.folder), "--redis"]
+    with redis_server("--replicaof", "127.0.0.1 1") as replica:
+        told = CliRunner().invoke(app, [*command, replica.url])
+    assert told.exit_code == 2 and "read-only replica" in told.output
+    told = CliRunner().invoke(app, [*command, f"unix://{tmp_path}/none"])
+    assert told.exit_code == 2 and "cannot be reached" in told.output
+    told = CliRunner().invoke(app, [*command, "http://user:secret@host"])
+    assert told.exit_code == 2 and "secret" not in told.output
+
+
+def test_the_command_says_what_it_did(redis: RedisServer, bundle: Bundle) -> None:
+    command = ["publish", "--bundle", str(bundle.folder), "--redis", redis.url]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 0 and "20 users, 40 items" in told.output
+    assert "already" in CliRunner().invoke(app, command).output
+    with redis.client() as client:
+        assert client.smembers(BUNDLES) == {bundle.id.encode()}
