@@ -27,8 +27,8 @@ from service.interactions.shared import SharedStoreError
 
 # KEYS: applied, deletions, bundles. ARGV: log id, last seq, likes kept, seconds that things are kept, digits of a
 # bundle id in a key, four prefixes (likes, user counts, item counts, impressions), then seven an entry: kind, event,
-# user, item, label (empty, 0 or 1), time, impression. An impression's state is p, n or y; behind y stand time and event
-# of its like.
+# user, item, label (empty, 0 or 1), time, impression. An impression's state is p, n or y and the time of the latest
+# entry about it; behind a space stand time and event of its like, if it has one.
 _APPLY = """
 local kept, retention, digits = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local likes, user_counts, item_counts, impressions = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
@@ -52,7 +52,7 @@ end
 
 local function like(user, item, event, moment, old)
   local key = likes .. user
-  if old then
+  if old ~= '' then
     local split = string.find(old, ' ', 1, true)
     local time, name = tonumber(string.sub(old, 1, split - 1)), string.sub(old, split + 1)
     if time < tonumber(moment) or (time == tonumber(moment) and name <= event) then return old end
@@ -69,22 +69,25 @@ local function advance(kind, event, user, item, label, moment, impression)
   if deleted and tonumber(moment) <= tonumber(deleted) then return end
   local key = impressions .. redis.sha1hex(impression)
   local told = redis.call('GET', key)
-  local state, old = 'p', nil
+  local state, latest, old, whole = 'p', moment, '', true
   if told then
-    state = string.sub(told, 1, 1)
-    if state == 'y' then old = string.sub(told, 2) end
+    local split = string.find(told, ' ', 1, true)
+    state, latest, old = string.sub(told, 1, 1), string.sub(told, 2, split - 1), string.sub(told, split + 1)
+    if deleted and tonumber(latest) <= tonumber(deleted) then
+      -- All of it was before the deletion: new for the user, while the item keeps what was counted.
+      state, latest, old, whole = 'p', moment, '', state == 'p'
+    elseif tonumber(moment) > tonumber(latest) then latest = moment end
   end
   local after = state
   if label == '1' then after = 'y'
   elseif (label == '0' or kind == 'expiry') and state == 'p' then after = 'n' end
   local seen = (state == 'p' and after ~= 'p') and 1 or 0
   local positive = (state ~= 'y' and after == 'y') and 1 or 0
-  local kept_like = old
-  if label == '1' then kept_like = like(user, item, event, moment, old) end
-  redis.call('SET', key, after .. (kept_like or ''), 'EX', retention)
+  if label == '1' then old = like(user, item, event, moment, old) end
+  redis.call('SET', key, after .. latest .. ' ' .. old, 'EX', retention)
   if seen + positive > 0 then
     count(user_counts .. user, seen, positive)
-    count(item_counts .. item, seen, positive)
+    if whole then count(item_counts .. item, seen, positive) end
   end
 end
 

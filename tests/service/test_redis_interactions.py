@@ -1,0 +1,147 @@
+import random
+from collections.abc import Sequence
+
+import pytest
+from redis.asyncio import Redis
+
+from models.loading import Bundle
+from service.features.keys import DELETED, BundleKeys
+from service.features.protocol import Query
+from service.interactions.event import EntryKind, Interaction, LogEntry
+from service.interactions.live import MAX_LIKES, LiveUser
+from service.interactions.redis import RedisInteractions, SharedCounts
+from service.interactions.shared import SharedStoreError
+from service.metrics.registry import Metrics
+from tests.redis_server import RedisServer
+from tests.service.published import publish, redis_store
+
+pytestmark = pytest.mark.anyio
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def shared(redis_client: Redis) -> RedisInteractions:
+    return RedisInteractions(redis_client, 3600)
+
+
+def entry(
+    seq: int, label: bool | None, kind: EntryKind = "event", *, user: str = "u1", item: str = "i1", **rest: object
+) -> LogEntry:
+    """An entry of impression r1 at position 0, unless `rest` says otherwise."""
+    fields: dict[str, object] = {"event_id": f"e{seq}", "timestamp": NOW + seq, "request_id": "r1", "position": 0}
+    return LogEntry(seq, kind, Interaction(user_id=user, item_id=item, label=label, **{**fields, **rest}))  # type: ignore[arg-type]
+
+
+async def live(client: Redis, bundle: Bundle, user_id: str = "u1") -> LiveUser:
+    store = redis_store(client, bundle, Metrics())
+    return (await store.look_up(bundle.id, Query(frozenset({user_id}), frozenset(), frozenset({user_id})))).live[
+        user_id
+    ]
+
+
+async def test_entries_applied_are_part_of_the_next_look_up_and_counted(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    assert await shared.applied("log") == 0
+    await shared.apply("log", [entry(3, None), entry(4, True), entry(7, False, item="i2", position=1)])
+    assert await shared.applied("log") == 7
+    assert [like.event_id for like in (await live(redis_client, bundle)).likes] == ["e4"]
+    users, items = await shared.counts(["u1", "nobody"], ["i1", "i2", "i3"])
+    assert users == {"u1": SharedCounts(2, 1)}
+    assert items == {"i1": SharedCounts(1, 1), "i2": SharedCounts(1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("entries", "counted"),
+    [
+        ([entry(1, None)], {}),
+        ([entry(1, None), entry(1, None, "expiry")], {"u1": SharedCounts(1, 0)}),
+        ([entry(1, None), entry(1, None, "expiry"), entry(2, True)], {"u1": SharedCounts(1, 1)}),
+        ([entry(1, True), entry(2, None)], {"u1": SharedCounts(1, 1)}),
+        ([entry(1, True), entry(2, False)], {"u1": SharedCounts(1, 1)}),
+        ([entry(1, False), entry(2, True), entry(3, True)], {"u1": SharedCounts(1, 1)}),
+    ],
+)
+async def test_an_impression_is_counted_once_whatever_comes_twice(
+    shared: RedisInteractions, entries: Sequence[LogEntry], counted: dict[str, SharedCounts]
+) -> None:
+    for _ in range(3):
+        await shared.apply("log", entries)
+    assert (await shared.counts(["u1"], []))[0] == counted
+
+
+async def test_any_order_and_repetition_ends_the_same(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    rng = random.Random(0)
+    entries = [entry(seq, rng.choice([None, False, True]), position=seq % 5, item=f"i{seq % 5}") for seq in range(20)]
+    ends = []
+    for _ in range(5):
+        await redis_client.flushdb()
+        publish(redis, bundle)
+        mixed = rng.sample(entries * 2, 40)
+        for first in range(0, 40, 8):
+            await shared.apply("log", mixed[first : first + 8])
+        ends.append((await live(redis_client, bundle), await shared.counts(["u1"], [f"i{one}" for one in range(5)])))
+    assert ends[0][0].likes
+    assert all(end == ends[0] for end in ends)
+
+
+async def test_an_impression_has_one_like_its_earliest(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    await shared.apply("log", [entry(5, True), entry(2, True), entry(9, True), entry(8, True, position=1)])
+    assert [like.event_id for like in (await live(redis_client, bundle)).likes] == ["e2", "e8"]
+
+
+async def test_the_newest_likes_are_kept(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    await shared.apply("log", [entry(seq, True, position=seq) for seq in range(1, MAX_LIKES + 21)])
+    await shared.apply("log", [entry(1, True, position=1)])
+    likes = (await live(redis_client, bundle)).likes
+    assert [like.event_id for like in likes] == [f"e{seq}" for seq in range(21, MAX_LIKES + 21)]
+
+
+async def test_a_deletion_leaves_the_tombstone_alone_and_what_was_before_it_stays_out(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    await shared.apply("log", [entry(1, True), entry(2, None, position=1)])
+    await shared.apply("log", [entry(50, None, "deletion")])
+    with redis.client() as client:
+        assert client.exists(BundleKeys(bundle.id).users + "u1") == 0
+        assert {key for key in client.scan_iter("*") if b"u1" in key.split(b":")} == set()
+        assert client.hget(DELETED, "u1") == str(NOW + 50).encode()
+    assert await shared.deletions() == {"u1": NOW + 50}
+    await shared.apply("another log", [entry(3, True), entry(2, None, "expiry", position=1)])
+    assert await live(redis_client, bundle) == LiveUser((), NOW + 50)
+    await shared.apply("log", [entry(51, True)])
+    assert [like.event_id for like in (await live(redis_client, bundle)).likes] == ["e51"]
+    await shared.apply("log", [entry(50, None, "deletion")])  # again, as from another server's log
+    assert [like.event_id for like in (await live(redis_client, bundle)).likes] == ["e51"]
+
+
+async def test_everything_but_deletions_ends_some_day(redis: RedisServer, shared: RedisInteractions) -> None:
+    await shared.apply("log", [entry(1, True), entry(2, True, user="u2"), entry(9, None, "deletion", user="u2")])
+    with redis.client() as client:
+        lasting = {key for key in client.scan_iter("*") if client.ttl(key) == -1}
+        assert lasting == {b"sella:live:applied", b"sella:live:deleted"}
+
+
+async def test_a_redis_that_refuses_takes_nothing_and_says_so(redis: RedisServer, shared: RedisInteractions) -> None:
+    await shared.apply("log", [entry(1, True)])
+    with redis.client() as client:
+        client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(SharedStoreError, match="does not take"):
+                await shared.apply("log", [entry(2, True, position=1), entry(3, True, position=2)])
+        finally:
+            client.config_set("maxmemory", 0)
+    assert await shared.applied("log") == 1
+    assert (await shared.counts(["u1"], []))[0] == {"u1": SharedCounts(1, 1)}
