@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 
+from service.access.gate import Access, Gate
 from service.collaborators import Collaborators
 from service.engines.protocol import EngineBrokenError
 from service.errors import install_error_handlers
@@ -19,10 +20,16 @@ Send ids; titles only for items that are not in the catalogue. Every error has o
 mend it. Limits on lists, titles and bodies are settings of the server."""
 
 
-def create_app(service: Collaborators, on_broken: Callable[[str], None] = lambda _: None) -> FastAPI:
+def create_app(
+    service: Collaborators, on_broken: Callable[[str], None] = lambda _: None, access: Access | None = None
+) -> FastAPI:
     """Return the application. It answers at once, and scores when its engine is ready.
 
-    `on_broken` is told if the engine can never load its model.
+    `on_broken` is told if the engine can never load its model. `access` says who may call what; without it, the
+    settings do.
+
+    Raises:
+        KeyFileError: the settings' key files cannot be used, or there must be some.
     """
 
     @asynccontextmanager
@@ -40,10 +47,20 @@ def create_app(service: Collaborators, on_broken: Callable[[str], None] = lambda
         await service.stores.close()
 
     app = FastAPI(
-        title="sella", version=build_version(), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
+        title="sella",
+        version=build_version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        # One page of documentation, and no sign-in through it: every open route must be worth being open.
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
     app.state.collaborators = service
     service.interactions.on_outcome = service.quality.on_outcome
+    access = access or Access.open(service.settings, service.log)
+    # The last one added is the first that a request meets.
+    app.add_middleware(Gate, access=access, settings=service.settings, metrics=service.metrics, log=service.log)
     app.add_middleware(Intake, metrics=service.metrics, log=service.log)
     install_error_handlers(app, service.metrics, service.log)
     for routes in (score, rank, interactions, users, health):

@@ -1,12 +1,12 @@
 """`sella-serve`: a bundle in, a server on a port; or a bundle into Redis."""
 
+import asyncio
 import signal
 import socket
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, cast
 
-import structlog
 import typer
 import uvicorn
 
@@ -14,8 +14,11 @@ from models.backbone import BackboneError
 from models.bundle import BundleError
 from models.loading import Bundle
 from models.tokens import TokenizerError
+from service.access.gate import Access
+from service.access.keys import KeyFileError
 from service.app import create_app
 from service.collaborators import Collaborators
+from service.connections import Connections, room_for_connections
 from service.current import CurrentBundle, open_handle
 from service.features.choice import Stores
 from service.features.publish_command import publish
@@ -61,12 +64,14 @@ def run(
         log = configure_logs(settings)
         metrics = Metrics(settings.drift_window, settings.quality_window)
         quality = LiveQuality(ServedScores(settings.quality_scores, settings.quality_age_s), metrics.quality)
+        access = Access.open(settings, log)
         # Verified before anything listens: a broken bundle is one line here, not a server that is never ready.
         opened = Bundle.open(settings.bundle)
         stores = Stores.of(settings, metrics.store, log)
         current = CurrentBundle(open_handle(settings, opened, metrics, log, stores))
+        connections = Connections(settings, room_for_connections(settings, log), metrics.connections)
         listener = _listen(settings)
-    except (SettingsError, BundleError, BackboneError, TokenizerError, OSError) as error:
+    except (SettingsError, KeyFileError, BundleError, BackboneError, TokenizerError, OSError) as error:
         _give_up(str(error))
     address, free_port = listener.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{free_port}"
@@ -76,7 +81,9 @@ def run(
         f"the model is loading; {url}/readyz says when it is ready, {url}/docs what to send"
     )
     interactions = open_recorder(settings, metrics, log, stores.interactions(settings.retention_days * DAY_S))
-    reason = _serve(Collaborators(settings, current, metrics, log, interactions, quality, stores), listener, log)
+    reason = _serve(
+        Collaborators(settings, current, metrics, log, interactions, quality, stores), access, connections, listener
+    )
     if reason:
         _give_up(reason)
 
@@ -102,21 +109,24 @@ def _listen(settings: Settings) -> socket.socket:
         raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
 
 
-def _serve(collaborators: Collaborators, listener: socket.socket, log: structlog.stdlib.BoundLogger) -> str:
+def _serve(collaborators: Collaborators, access: Access, connections: Connections, listener: socket.socket) -> str:
     """Serve until a signal; return why the model can never be served, or ""."""
     broken: list[str] = []
+    log = collaborators.log
 
     def on_broken(reason: str) -> None:
         broken.append(reason)
         server.should_exit = True
 
     config = uvicorn.Config(
-        create_app(collaborators, on_broken),
+        create_app(collaborators, on_broken, access),
         log_config=None,
         access_log=False,
         server_header=False,
-        # Offers to upgrade are ignored: WebSocket is not served, and httptools loses the body beside an h2c offer.
-        http="h11",
+        # Addresses in headers are the client's own claims; the rate limit of anonymous clients goes by the peer's.
+        proxy_headers=False,
+        # h11, because httptools loses the body beside an offer to upgrade. uvicorn calls it to make a connection.
+        http=cast("type[asyncio.Protocol]", connections.protocol),
         ws="none",
         timeout_graceful_shutdown=max(1, round(collaborators.settings.drain_s)),
     )

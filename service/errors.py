@@ -65,6 +65,13 @@ class BodyTooLargeError(HTTPException):
         super().__init__(413, f"the body is longer than {limit} bytes; send fewer items a request")
 
 
+class BodyTimeoutError(HTTPException):
+    """A body that does not arrive. The connection is closed: what still comes on it is no request."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(408, f"the body did not arrive within {limit_s:g} s; send it at once", {"Connection": "close"})
+
+
 class MediaTypeError(HTTPException):
     """A body that is not declared as plain JSON."""
 
@@ -80,6 +87,7 @@ _HTTP_CODES = {
     400: "invalid_json",
     404: "not_found",
     405: "method_not_allowed",
+    408: "body_timeout",
     413: "body_too_large",
     415: "unsupported_media_type",
 }

@@ -16,10 +16,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.collaborators import collaborators_of
-from service.errors import RETRY_SOON_S, BodyTooLargeError, MediaTypeError, error_response
+from service.errors import RETRY_SOON_S, BodyTimeoutError, BodyTooLargeError, MediaTypeError, error_response
+from service.headers import security_headers
 from service.metrics.registry import Metrics
 
 REQUEST_ID_HEADER = "X-Request-ID"
+HTTP_VERSIONS = ("1.0", "1.1")
 UNMATCHED = "unmatched"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 REFUSED = 429
@@ -50,11 +52,18 @@ class Intake:
                 status = message["status"]
                 if status == REFUSED:
                     self._metrics.refusal_took(time.monotonic() - started)
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                headers.update(security_headers(scope["path"]))
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            if malformed := _malformed(scope):
+                refusal = error_response(request_id, 400, "invalid_http", malformed)
+                refusal.headers["Connection"] = "close"
+                await refusal(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:
             # The server stops, and SELLA_DRAIN_S did not suffice for this request.
             self._metrics.refused("stopping")
@@ -83,10 +92,31 @@ class JsonRoute(APIRoute):
 
         async def checked(request: Request) -> Response:
             _require_json(request.headers)
-            limit: int = collaborators_of(request).settings.max_body
-            return await handler(Request(request.scope, _bounded(request.headers, request.receive, limit)))
+            settings = collaborators_of(request).settings
+            body = _bounded(request.headers, _in_time(request.receive, settings.body_timeout_s), settings.max_body)
+            return await handler(Request(request.scope, body))
 
         return checked
+
+
+def _in_time(receive: Receive, limit_s: float) -> Receive:
+    """Return a `receive` that gives the whole body `limit_s` seconds."""
+    end = time.monotonic() + limit_s
+    whole = False
+
+    async def in_time() -> Message:
+        nonlocal whole
+        if whole:  # what comes now is the client's leaving, for which there is no limit
+            return await receive()
+        try:
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                message = await receive()
+        except TimeoutError as error:
+            raise BodyTimeoutError(limit_s) from error
+        whole = not message.get("more_body", False)
+        return message
+
+    return in_time
 
 
 def _bounded(headers: Headers, receive: Receive, limit: int) -> Receive:
@@ -118,6 +148,17 @@ def _require_json(headers: Headers) -> None:
         raise MediaTypeError("the body's content type is not JSON")
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise MediaTypeError("the body is encoded")
+
+
+def _malformed(scope: Scope) -> str:
+    """Return what is wrong with a request that the HTTP parser lets pass, or ""."""
+    if scope["http_version"] not in HTTP_VERSIONS:
+        return "send HTTP/1.1"
+    names = {name for name, _ in scope["headers"]}
+    if b"content-length" in names and b"transfer-encoding" in names:
+        # A proxy that believes the other one of the two sees another end of this request, and so another next request.
+        return "the request has both Content-Length and Transfer-Encoding; send one"
+    return ""
 
 
 def _request_id(headers: Headers) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import structlog
 
+from service.connections import LOGGER as CONNECTIONS_LOGGER
 from service.settings import Settings
 
 
@@ -40,5 +41,7 @@ def configure_logs(settings: Settings) -> structlog.stdlib.BoundLogger:
     root.setLevel(settings.log_level.upper())
     # The service logs starts, stops and requests itself; of the server only what goes wrong is news.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # Clients cause its warnings, and must not be able to fill the log.
+    logging.getLogger(CONNECTIONS_LOGGER).setLevel(logging.ERROR)
     log: structlog.stdlib.BoundLogger = structlog.get_logger("sella")
     return log

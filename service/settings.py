@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address to listen on. Loopback, because the routes ask for no key; open it behind a proxy.",
+        description="Address to listen on. Loopback: any other is refused without a file of keys.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     engine: Literal["packed", "vllm"] = Field(
@@ -215,6 +215,65 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds after which a served score is not labelled any more; longer than outcomes take to come.",
     )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File of API keys, a line each: name:key or name:key:requests_per_second. Read again when it"
+        " changes. Unset: no key is asked for, on a loopback address alone.",
+    )
+    admin_keys_file: Path | None = Field(
+        default=None,
+        description="File of admin keys, of the same form. Unset: administration is open on a loopback address without"
+        " API keys, and closed otherwise.",
+    )
+    allow_anonymous: bool = Field(
+        default=False,
+        description="Serve others than this machine without API keys. Only where something in front checks callers.",
+    )
+    rate_limit: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Requests a second of each key, or of each address where no key is asked for; a key's own in its"
+        " file goes first. Unset: none, because the queue already refuses what it cannot score in time.",
+    )
+    rate_burst_s: float = Field(
+        default=2.0,
+        gt=0,
+        le=3600,
+        description="Seconds' worth of requests that a client may send at once after a pause; at least one request.",
+    )
+    max_connections: int = Field(
+        default=4096,
+        ge=8,
+        le=1_000_000,
+        description="Open connections; fewer if the process may not open as many files. Beyond it the one that has"
+        " waited longest without a request gives way, else the new one is told 503.",
+    )
+    head_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=DAY_S,
+        description="How long a client may take to send a request's head. A real one sends it in one packet.",
+    )
+    body_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=DAY_S,
+        description="How long a client may take to send a body: the longest allowed one at 35 kB a second.",
+    )
+    write_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=DAY_S,
+        description="How long a client may leave its answer unread before the connection is cut off.",
+    )
+    keep_alive_s: float = Field(
+        default=75.0,
+        gt=0,
+        le=DAY_S,
+        description="How long a connection may be idle between requests. Longer than the 60 s that proxies usually keep"
+        " theirs, so that none sends on a connection that closes at that moment.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="info logs one line a scored request, without titles or user ids."
     )
@@ -233,10 +292,10 @@ class Settings(BaseSettings):
         """Where the log of interactions is."""
         return self.interactions or self.bundle.absolute().parent / "interactions.sqlite"
 
-    @field_validator("vllm_weights")
+    @field_validator("vllm_weights", "api_keys_file", "admin_keys_file")
     @classmethod
-    def _home_folder(cls, value: Path) -> Path:
-        return value.expanduser()
+    def _home_folder(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
 
     @field_validator("store")
     @classmethod

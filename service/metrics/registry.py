@@ -6,7 +6,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
 
+from service.metrics.access import AccessMetrics
 from service.metrics.batches import BatchMetrics
+from service.metrics.connections import ConnectionMetrics
 from service.metrics.drift import DriftMetrics
 from service.metrics.engine import EngineMetrics
 from service.metrics.interactions import InteractionMetrics
@@ -46,6 +48,8 @@ class Metrics:
         self._drift = DriftMetrics(registry, drift_window)
         self.engine = EngineMetrics(registry)
         self.quality = QualityMetrics(registry, quality_window)
+        self.access = AccessMetrics(registry)
+        self.connections = ConnectionMetrics(registry)
         self._ready = Gauge(
             "sella_ready", "1 while the service can score: engine and store ready, not stopping.", registry=registry
         )

@@ -23,7 +23,7 @@ router = APIRouter(route_class=JsonRoute, tags=["interactions"])
     "/interactions",
     response_model=InteractionsResponse,
     responses={
-        **{status: ERRORS[status] for status in (400, 413, 415, 422)},
+        **{status: ERRORS[status] for status in (400, 401, 403, 408, 413, 415, 422, 429)},
         409: {"model": ErrorResponse, "description": "An event id is known with other content; nothing was taken."},
         503: {**ERRORS[503], "description": "The log cannot be written; nothing was taken."},
     },

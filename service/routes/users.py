@@ -15,7 +15,7 @@ router = APIRouter(tags=["admin"])
     "/users/{user_id:path}",
     response_model=DeletedResponse,
     responses={
-        422: ERRORS[422],
+        **{status: ERRORS[status] for status in (401, 403, 422, 429)},
         503: {**ERRORS[503], "description": "The log cannot be written; the user is not deleted."},
     },
 )

@@ -278,7 +278,7 @@ async def test_openapi_documents_both_routes_with_examples_and_errors(client: ht
     schema = (await client.get("/openapi.json")).json()
     for route in ("/score", "/rank"):
         responses = schema["paths"][route]["post"]["responses"]
-        assert set(responses) == {"200", "400", "413", "415", "422", "429", "503", "504"}
+        assert set(responses) == {"200", "400", "401", "403", "408", "413", "415", "422", "429", "503", "504"}
         assert responses["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorResponse")
     for name in ("ScoreRequest", "RankRequest", "ScoreResponse", "RankResponse", "ErrorResponse"):
         assert schema["components"]["schemas"][name]["examples"]
