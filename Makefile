@@ -14,7 +14,7 @@ LOAD_OUT ?= build/load
 VLLM := .venv-vllm
 VLLM_PIP := PIP_CONSTRAINT=$(VLLM)/constraints.txt $(VLLM)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo load bench bench-gpu test test-faults test-vllm soak lint format clean
+.PHONY: demo load bench bench-gpu test test-faults test-vllm soak lint audit format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -90,6 +90,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+# Known vulnerabilities of what is installed. Where the database cannot be reached it says so and ends well.
+audit: $(VENV)/.installed
+	$(BIN)/python deploy/audit.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

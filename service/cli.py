@@ -15,6 +15,7 @@ from models.bundle import BundleError
 from models.loading import Bundle
 from models.tokens import TokenizerError
 from service.access.gate import Access
+from service.access.key_command import key
 from service.access.keys import KeyFileError
 from service.app import create_app
 from service.collaborators import Collaborators
@@ -42,6 +43,7 @@ def main() -> None:
 
 
 app.command()(publish)
+app.command()(key)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SECRET = re.compile(r"[A-Za-z0-9._~+/=-]{16,256}")
 
 
@@ -53,19 +53,19 @@ def parse_keys(text: str, source: str) -> KeyRing:
             _require_new(key, keys, f"{source}, line {number}")
             keys.append(key)
     if not keys:
-        raise KeyFileError(f"{source}: holds no key; add a line name:key, the key of at least 16 characters")
+        raise KeyFileError(f"{source}: holds no key; add one with sella-serve key")
     return KeyRing(tuple(keys))
 
 
 def _parse_line(line: str, place: str) -> Key:
     name, *rest = line.split(":")
-    if not _NAME.fullmatch(name) or len(rest) not in (1, 2):
+    if not NAME.fullmatch(name) or len(rest) not in (1, 2):
         raise KeyFileError(f"{place}: not of the form name:key or name:key:requests_per_second")
     secret = rest[0]
     if not _SECRET.fullmatch(secret):
         raise KeyFileError(
             f"{place}: the key of {name!r} must have 16 to 256 of A-Z a-z 0-9 . _ ~ + / = -; make one with"
-            " python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            " sella-serve key"
         )
     return Key(name, _digest(secret.encode()), _parse_rate(rest[1], place) if len(rest) == 2 else None)
 
