@@ -183,8 +183,8 @@ class Settings(BaseSettings):
         default=90.0,
         gt=0,
         le=3650,
-        description="How long interactions are kept, and so how long a repeated event id is known for one; older ones"
-        " are refused. A quarter: a bundle trained at least monthly has all that it could still learn from.",
+        description="How long interactions are kept after they came, whenever they happened, and so how long a repeated"
+        " event id is known for one. A quarter: a bundle trained at least monthly has all that it could learn from.",
     )
     max_interactions: int = Field(
         default=1000, ge=1, description="Interactions of one request; as many as a /score request has pairs."

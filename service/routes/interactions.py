@@ -58,14 +58,10 @@ def _check(batch: Sequence[InteractionEvent], service: Collaborators) -> None:
     if len(batch) > limit:
         raise LimitError(f"{len(batch)} entries; send at most {limit}", "interactions")
     now = service.interactions.clock.wall()
-    oldest = now - service.settings.retention_days * DAY_S
     for index, one in enumerate(batch):
         field = f"interactions[{index}].timestamp"
         if one.timestamp > now + AHEAD_S:
             raise RequestError("the timestamp is more than a day ahead of the server's clock; set the client's", field)
-        if one.timestamp < oldest:
-            # Its event id may have been forgotten, so that it could be counted twice.
-            raise RequestError(f"the timestamp is older than the {service.settings.retention_days:g} days kept", field)
 
 
 def _interaction(one: InteractionEvent) -> Interaction:
