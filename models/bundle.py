@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,8 +144,10 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path) -> Manifest:
-    """Check every file of a bundle against its manifest and return the manifest.
+def verify(folder: Path, only: str | None = None, hashes: Mapping[str, str] | None = None) -> Manifest:
+    """Check every file of a bundle against its manifest, or one alone, and return the manifest.
+
+    `hashes` are those of its files where they are known already, by relative path.
 
     Raises:
         BundleError: names the first file that is missing, altered or not the bundle's.
@@ -155,12 +157,14 @@ def verify(folder: Path) -> Manifest:
     for name in sorted(found - manifest.files.keys()):
         raise BundleError(f"{folder / name}: not part of the bundle; remove it")
     for name, entry in sorted(manifest.files.items()):
+        if only not in (None, name):
+            continue
         path = folder / name
         if not path.is_file():
             raise BundleError(f"{path}: missing")
         if path.stat().st_size != entry.size:
             raise BundleError(f"{path}: {path.stat().st_size} bytes, expected {entry.size}")
-        if _hash(path) != entry.sha256:
+        if (_hash(path) if hashes is None else hashes.get(name)) != entry.sha256:
             raise BundleError(f"{path}: altered since it was written (sha256 differs)")
     return manifest
 

@@ -25,6 +25,7 @@ from models.scoring_model import CACHE_BYTES, ScoringModel
 from models.template import Template, window_start
 from models.tokens import TextEncoder
 
+PROJECTION = "projection.safetensors"
 FP8 = "fp8"
 PRECISIONS = (*DTYPES, FP8)
 
@@ -137,7 +138,7 @@ class Bundle:
         """Load both projections."""
         sizes = self.manifest.dimensions
         projections = Projections(sizes.d_collab, sizes.d_hidden, sizes.d_model)
-        projections.load_state_dict(load_file(self.folder / "projection.safetensors"))
+        projections.load_state_dict(load_file(self.folder / PROJECTION))
         return projections.requires_grad_(False)
 
     def model(
@@ -154,15 +155,31 @@ class Bundle:
         `cache_bytes` bounds the prompt beginnings that are kept.
         """
         fp8 = dtype == FP8
-        identity = f"{self.manifest.backbone.merged_id} {self.manifest.files['projection.safetensors'].sha256}"
         return ScoringModel(
             self.backbone(device=device, dtype="bfloat16" if fp8 else dtype),
             self.projections(),
-            identity=identity,
+            identity=self.prompt_identity,
             cache_bytes=cache_bytes,
             fp8=fp8,
             compiled=compiled,
         )
+
+    @property
+    def prompt_identity(self) -> str:
+        """What keys and values of equal prompts with equal vectors depend on: the weights and the projections."""
+        return f"{self.manifest.backbone.merged_id} {self.manifest.files[PROJECTION].sha256}"
+
+    @classmethod
+    def open_projections(cls, folder: Path, bundle_id: str) -> "Bundle":
+        """Return a bundle of which the manifest and the projections alone are verified: all that an engine needs.
+
+        Raises:
+            BundleError: names what is altered, or another bundle lies there.
+        """
+        manifest = verify(folder, only=PROJECTION)
+        if manifest.bundle_id != bundle_id:
+            raise BundleError(f"{folder}: holds bundle {manifest.bundle_id[:12]} now, not {bundle_id[:12]}")
+        return cls(folder, manifest)
 
     def encoder(self) -> TextEncoder:
         """Load the tokenizer alone: all that assembling prompts needs of the language model."""

@@ -1,4 +1,4 @@
-"""Projected vectors, each computed once: catalogue items recur in every request.
+"""What stands in a prompt's slots: projected vectors, each computed once: catalogue items recur in every request.
 
 Shapes: K vectors asked for, X their width, M vectors that fit, D = d_L.
 """
@@ -12,6 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from models.packs import Floats
+from models.projection import Projections
+
+PROJECTED_BYTES = 64 * 2**20  # each projection's: 4,681 vectors of Qwen2-7B in fp32, the longest request several times
+
+
+class SlotVectors:
+    """Both projections of one bundle. `identity` names them and the weights: what keys and values depend on."""
+
+    def __init__(self, projections: Projections, identity: str, width: int, like: Tensor) -> None:
+        """`like` gives the dtype and device of the outputs, `width` is D."""
+        self.identity = identity
+        projections = projections.to(like.device).eval()
+        self.collab = ProjectedRows(projections.collab, width, like, PROJECTED_BYTES)
+        self.warm = ProjectedRows(projections.warm, width, like, PROJECTED_BYTES)
+
+    def clear(self) -> None:
+        """Drop every vector kept."""
+        self.collab.clear()
+        self.warm.clear()
 
 
 class ProjectedRows:
@@ -46,9 +65,10 @@ class ProjectedRows:
             return self._table_MD[[self._rows[name] for name in names]]
 
     def clear(self) -> None:
-        """Drop every row."""
+        """Drop every row, and the memory of all."""
         with self._lock:
             self._rows.clear()
+            self._table_MD = None
 
     def _place(self, name: bytes) -> int:
         """Give a vector the next free place, or the place of the one unused for longest."""

@@ -5,7 +5,8 @@ Shapes: K candidates, N prompts, T tokens of a forward, D = d_L.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, groupby, repeat
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -15,14 +16,13 @@ from models.backbone import Backbone
 from models.packed import PackedModel, Part, Row, computed_of
 from models.packs import Floats, ScoringGroup
 from models.prefix_cache import CacheCounts, PrefixCache, chunk_names
-from models.projected import ProjectedRows
+from models.projected import ProjectedRows, SlotVectors
 from models.projection import Projections
 from models.segments import Segment, SlotKind
 
 CACHE_BYTES = (
     256 * 2**20
 )  # some twenty thousand tokens of a 0.5B model in bf16: several users' segments, for lists that take several forwards
-PROJECTED_BYTES = 64 * 2**20  # each projection's: 4,681 vectors of Qwen2-7B in fp32, the longest request several times
 
 
 class NotFiniteError(ArithmeticError):
@@ -59,11 +59,9 @@ class ScoringModel:
         self.backbone = backbone
         self.projections = projections.to(backbone.device).eval()
         self._packed = PackedModel(backbone, fp8=fp8, compiled=compiled)
-        self._identity = f"{identity} {backbone.dtype} {'fp8' if fp8 else ''}"
+        self._precision = f"{backbone.dtype} {'fp8' if fp8 else ''}"
         self._cache = PrefixCache(cache_bytes)
-        like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
-        self._collab = ProjectedRows(self.projections.collab, backbone.d_model, like, PROJECTED_BYTES)
-        self._warm = ProjectedRows(self.projections.warm, backbone.d_model, like, PROJECTED_BYTES)
+        self.vectors = self.slot_vectors(self.projections, identity)
         self._forwards = self._tokens = self._saved = 0
 
     @property
@@ -71,18 +69,26 @@ class ScoringModel:
         """What has been computed so far."""
         return ForwardCounts(self._forwards, self._tokens, self._saved, self._cache.counts)
 
+    def slot_vectors(self, projections: Projections, identity: str) -> SlotVectors:
+        """Return other projections for the same weights; `identity` names both."""
+        like = torch.empty(0, dtype=self.backbone.dtype, device=self.backbone.device)
+        return SlotVectors(projections, f"{identity} {self._precision}", self.backbone.d_model, like)
+
     @torch.inference_mode()
-    def score(self, groups: Sequence[ScoringGroup], max_tokens: int = 4096) -> list[Floats]:
+    def score(
+        self, groups: Sequence[ScoringGroup], max_tokens: int = 4096, vectors: Sequence[SlotVectors] | None = None
+    ) -> list[Floats]:
         """Return each group's probabilities, `(K,)` in candidate order, before calibration.
 
-        A group longer than `max_tokens` takes several forwards, and its trunk is computed in the first; shorter ones
-        share forwards.
+        `vectors` are those of each group's slots; without it they are the model's own. A group longer than `max_tokens`
+        takes several forwards, and its trunk is computed in the first; shorter ones share forwards.
 
         Raises:
             NotFiniteError: a score is not finite; names the group.
         """
         probabilities = [np.empty(len(group.pack.branches), np.float32) for group in groups]
-        parts = chain.from_iterable(map(self._parts, groups, probabilities, repeat(max_tokens)))
+        each = repeat(self.vectors) if vectors is None else vectors
+        parts = chain.from_iterable(map(self._parts, groups, probabilities, repeat(max_tokens), each))
         for trunks in _batches(parts, max_tokens):
             self._forward(trunks)
         for index, scores in enumerate(probabilities):
@@ -94,23 +100,24 @@ class ScoringModel:
         """Return the semantic vector of each prompt of Fig. 3, `(N, D)` fp32."""
         return self._packed.distil(prompts, max_tokens)
 
-    def _parts(self, group: ScoringGroup, probabilities_K: Floats, max_tokens: int) -> Iterator["_GroupPart"]:
+    def _parts(
+        self, group: ScoringGroup, probabilities_K: Floats, max_tokens: int, vectors: SlotVectors
+    ) -> Iterator["_GroupPart"]:
         """Yield a group's parts of at most `max_tokens`."""
         trunk = group.pack.trunk
         if any(branch.attach != len(trunk) for branch in group.pack.branches):
             raise ValueError("a branch attaches inside the trunk; only `models.masked` computes that")
-        names = chunk_names(self._identity, trunk, [group.user_1C.tobytes()] * len(trunk.slots))
+        names = chunk_names(vectors.identity, trunk, [group.user_1C.tobytes()] * len(trunk.slots))
         start = 0
         for part in group.parts(max_tokens):
             end = start + len(part.pack.branches)
-            yield _GroupPart(part, names, probabilities_K[start:end])
+            yield _GroupPart(part, names, probabilities_K[start:end], vectors)
             start = end
 
     def forget(self) -> None:
         """Forget what is kept of prompts and vectors: what follows is then equal to the bit, whatever came before."""
         self._cache.clear()
-        self._collab.clear()
-        self._warm.clear()
+        self.vectors.clear()
 
     def _forward(self, trunks: Sequence["_Trunk"]) -> None:
         """Compute one forward and write every group's scores."""
@@ -136,15 +143,15 @@ class ScoringModel:
         """Return the row's embeddings, (T, D), with the projected vectors in place of the slots' (Eq. 10)."""
         embeds_TD = self.backbone.embed(row.token_ids_T)
         users = [
-            trunk.parts[0].group.user_1C
+            (trunk.parts[0].vectors.collab, trunk.parts[0].group.user_1C)
             for trunk, part in zip(trunks, parts, strict=True)
             if any(index >= part.known for _, index in part.trunk.slots)
         ]
-        groups = [one.group for trunk in trunks for one in trunk.parts]
+        each = [one for trunk in trunks for one in trunk.parts]
         if users:
-            embeds_TD[row.slots[SlotKind.USER]] = self._collab(np.concatenate(users))
-        embeds_TD[row.slots[SlotKind.ITEM]] = self._collab(np.concatenate([group.item_KC for group in groups]))
-        embeds_TD[row.slots[SlotKind.WARM]] = self._warm(np.concatenate([group.semantic_KD for group in groups]))
+            embeds_TD[row.slots[SlotKind.USER]] = _project(users)
+        embeds_TD[row.slots[SlotKind.ITEM]] = _project([(one.vectors.collab, one.group.item_KC) for one in each])
+        embeds_TD[row.slots[SlotKind.WARM]] = _project([(one.vectors.warm, one.group.semantic_KD) for one in each])
         return embeds_TD
 
 
@@ -155,6 +162,7 @@ class _GroupPart:
     group: ScoringGroup
     names: list[bytes]
     probabilities_K: Floats  # a view into the group's own
+    vectors: SlotVectors
 
     @property
     def own_tokens(self) -> int:
@@ -178,6 +186,12 @@ class _Trunk:
     @property
     def branches(self) -> tuple[Segment, ...]:
         return tuple(branch.segment for one in self.parts for branch in one.group.pack.branches)
+
+
+def _project(rows: Sequence[tuple[ProjectedRows, Floats]]) -> Tensor:
+    """Return the projected vectors in order; neighbours of one projection are computed together."""
+    runs = [(one, [vectors for _, vectors in run]) for one, run in groupby(rows, key=itemgetter(0))]
+    return torch.cat([project(np.concatenate(vectors)) for project, vectors in runs])
 
 
 def _batches(parts: Iterable[_GroupPart], max_tokens: int) -> Iterator[list[_Trunk]]:

@@ -224,6 +224,15 @@ class InteractionsReadiness(Message):
     detail: str
 
 
+class RoleReadiness(Message):
+    """A bundle that is served beside the current one; it does not decide whether the service is ready."""
+
+    role: Literal["canary", "shadow"]
+    bundle_id: str
+    share: float
+    state: str
+
+
 class Readiness(Message):
     """Whether a request would be scored now, and what stands in its way."""
 
@@ -233,3 +242,35 @@ class Readiness(Message):
     engine: EngineReadiness
     store: StoreReadiness
     interactions: InteractionsReadiness
+    beside: list[RoleReadiness]
+
+
+class RoleState(Message):
+    """A bundle that is served, and what for."""
+
+    role: Literal["current", "canary", "shadow"]
+    bundle_id: str
+    merged_id: str
+    folder: str
+    share: float | None = Field(description="Of the users for a canary, of the requests for a shadow.")
+    state: str = Field(description="Where its engine stands.")
+    requests: int = Field(description="How many requests hold it now.")
+
+
+class ChangeState(Message):
+    """The last change of bundles, or the one that runs."""
+
+    role: str
+    bundle: str
+    began: str
+    step: str
+    outcome: str = Field(description="running, switched or refused.")
+    reason: str
+
+
+class BundleState(Message):
+    """Which bundles are served."""
+
+    roles: list[RoleState]
+    draining: list[str] = Field(description="Bundles that earlier requests still hold; freed after them.")
+    change: ChangeState | None

@@ -10,9 +10,10 @@ from service.access.gate import Access, Gate
 from service.collaborators import Collaborators
 from service.engines.protocol import EngineBrokenError
 from service.errors import install_error_handlers
+from service.features.pointer import PointerWatch
 from service.intake import Intake
 from service.metrics.registry import build_version
-from service.routes import health, interactions, rank, score, users
+from service.routes import admin, health, interactions, rank, score, users
 
 DESCRIPTION = """Scores clicks with a language model that knows the users and items (SeLLa-Rec).
 
@@ -35,14 +36,18 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.interactions.start()
-        await service.current.handle.engine.start()
+        await service.bundles.current.engine.start()
         watch = asyncio.create_task(_watch(service, on_broken))
+        follow = asyncio.create_task(_follow(service))
         yield
-        service.current.stopping = True
-        watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await watch
-        await service.current.close()
+        service.bundles.stopping = True
+        for task in (watch, follow):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await service.changes.close()
+        await service.shadow.close()
+        await service.changes.free()
         await service.interactions.close()
         await service.stores.close()
 
@@ -63,14 +68,28 @@ def create_app(
     app.add_middleware(Gate, access=access, settings=service.settings, metrics=service.metrics, log=service.log)
     app.add_middleware(Intake, metrics=service.metrics, log=service.log)
     install_error_handlers(app, service.metrics, service.log)
-    for routes in (score, rank, interactions, users, health):
+    for routes in (score, rank, interactions, users, health, admin):
         app.include_router(routes.router)
     return app
 
 
+async def _follow(service: Collaborators) -> None:
+    """Serve the bundle that Redis points to, if there is a Redis, once the first one is ready."""
+    if service.stores.client is None:
+        return
+    with suppress(EngineBrokenError):
+        await service.bundles.current.engine.ready()
+        served = service.bundles.current.bundle_id
+        watch = PointerWatch(
+            service.stores.client, service.settings.pointer_s, service.changes.follow, service.log, served=served
+        )
+        await watch.run()
+
+
 async def _watch(service: Collaborators, on_broken: Callable[[str], None]) -> None:
+    engine = service.bundles.current.engine  # the first one; a later one that cannot load is refused
     try:
-        await service.current.handle.engine.ready()
+        await engine.ready()
     except EngineBrokenError as error:
         service.log.error("engine_broken", reason=str(error))
         on_broken(str(error))

@@ -102,6 +102,11 @@ class Batcher:
         """Tokens in the queue, not yet with the engine."""
         return self._waiting.tokens
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing computes."""
+        return not self._waiting and not self._running
+
     def check(self, groups: int, candidates: int, deadline: float) -> None:
         """Refuse a request that has no chance, before anything is done for it: by its size, as sizes have been lately.
 
@@ -111,11 +116,12 @@ class Batcher:
         self._judge(self._admission.usual_tokens(groups, candidates), deadline)
 
     async def score(
-        self, groups: Sequence[ScoringGroup], deadline: float, *, admitted: bool = False
+        self, groups: Sequence[ScoringGroup], deadline: float, *, admitted: bool = False, bundle_id: str = ""
     ) -> tuple[list[Floats], Waited]:
         """Return each group's raw probabilities, `(K,)`; `deadline` is `time.monotonic()` seconds.
 
-        `admitted` is for a request of which a part was computed already: it is refused no more.
+        `bundle_id` says whose projections, where the engine serves several bundles. `admitted` is for a request of
+        which a part was computed already: it is refused no more.
 
         Raises:
             QueueFullError: refused at once.
@@ -124,7 +130,7 @@ class Batcher:
         """
         parts = [list(group.parts(self._limits.batch_tokens)) for group in groups]
         entries = [
-            score_entry(ScoreJob(next(self._ids), deadline, part), first=index == 0)
+            score_entry(ScoreJob(next(self._ids), deadline, part, bundle_id), first=index == 0)
             for group_parts in parts
             for index, part in enumerate(group_parts)
         ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Literal, NoReturn, cast
 
+import structlog
 import typer
 import uvicorn
 
@@ -18,9 +19,14 @@ from service.access.gate import Access
 from service.access.key_command import key
 from service.access.keys import KeyFileError
 from service.app import create_app
+from service.bundles.change import BundleChanges
+from service.bundles.handle import handle_of, open_parts
+from service.bundles.loaded import LoadedModels
+from service.bundles.memory import warn_if_short
+from service.bundles.registry import Bundles
+from service.bundles.shadow import Shadow
 from service.collaborators import Collaborators
 from service.connections import Connections, room_for_connections
-from service.current import CurrentBundle, open_handle
 from service.features.choice import Stores
 from service.features.publish_command import publish
 from service.interactions.database import LogFileError
@@ -69,9 +75,8 @@ def run(
         access = Access.open(settings, log)
         # Verified before anything listens: a broken bundle is one line here, not a server that is never ready.
         opened = Bundle.open(settings.bundle)
-        stores = Stores.of(settings, metrics.store, log)
-        current = CurrentBundle(open_handle(settings, opened, metrics, log, stores))
         connections = Connections(settings, room_for_connections(settings, log), metrics.connections)
+        collaborators = _collaborators(settings, opened, metrics, log, quality)
         listener = _listen(settings)
     except (SettingsError, KeyFileError, BundleError, BackboneError, TokenizerError, OSError) as error:
         _give_up(str(error))
@@ -82,10 +87,7 @@ def run(
         f"sella {build_version()}: bundle {opened.id[:12]} ({sizes.users} users, {sizes.items} items) on {url} - "
         f"the model is loading; {url}/readyz says when it is ready, {url}/docs what to send"
     )
-    interactions = open_recorder(settings, metrics, log, stores.interactions(settings.retention_days * DAY_S))
-    reason = _serve(
-        Collaborators(settings, current, metrics, log, interactions, quality, stores), access, connections, listener
-    )
+    reason = _serve(collaborators, access, connections, listener)
     if reason:
         _give_up(reason)
 
@@ -101,6 +103,27 @@ def export(
     except (LogFileError, ExportError) as error:
         _give_up(str(error))
     typer.echo(f"{out}: {rows} interactions with a known outcome, {deleted} deleted users")
+
+
+def _collaborators(
+    settings: Settings, bundle: Bundle, metrics: Metrics, log: structlog.stdlib.BoundLogger, quality: LiveQuality
+) -> Collaborators:
+    """Return all that the application works with; the model is loaded when it starts.
+
+    Raises:
+        BundleError, TokenizerError: the bundle cannot be served.
+        SettingsError: the engine is not installed.
+    """
+    warn_if_short(bundle.manifest, settings, log)
+    stores = Stores.of(settings, metrics.store, log)
+    models = LoadedModels(settings, metrics, log)
+    parts = open_parts(bundle)
+    model = models.open(parts)
+    bundles = Bundles(handle_of(parts, model.engine, model.batcher, stores), metrics)
+    changes = BundleChanges(settings, bundles, models, stores, metrics, log)
+    shadow = Shadow(bundles, metrics, log, idle=lambda: models.idle)
+    interactions = open_recorder(settings, metrics, log, stores.interactions(settings.retention_days * DAY_S))
+    return Collaborators(settings, bundles, changes, shadow, metrics, log, interactions, quality, stores)
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -132,12 +155,12 @@ def _serve(collaborators: Collaborators, access: Access, connections: Connection
         ws="none",
         timeout_graceful_shutdown=max(1, round(collaborators.settings.drain_s)),
     )
-    server = _Server(config, collaborators.current)
+    server = _Server(config, collaborators.bundles)
     # uvicorn restores these handlers and raises the signal again once it has drained. With its own handler there, the
     # process then ends with 0 and not by the signal, and no signal is lost before uvicorn installs it.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, server.handle_exit)
-    log.info("starting", bundle_id=collaborators.current.handle.bundle_id, version=build_version())
+    log.info("starting", bundle_id=collaborators.bundles.current.bundle_id, version=build_version())
     server.run(sockets=[listener])
     log.info("stopped")
     return broken[0] if broken else ""
@@ -146,12 +169,12 @@ def _serve(collaborators: Collaborators, access: Access, connections: Connection
 class _Server(uvicorn.Server):
     """uvicorn, telling /readyz of a signal as soon as it comes."""
 
-    def __init__(self, config: uvicorn.Config, current: CurrentBundle) -> None:
+    def __init__(self, config: uvicorn.Config, bundles: Bundles) -> None:
         super().__init__(config)
-        self._current = current
+        self._bundles = bundles
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._current.stopping = True
+        self._bundles.stopping = True
         super().handle_exit(sig, frame)
 
 

@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 import structlog
 from fastapi import Request
 
-from service.answers import EngineReadiness, InteractionsReadiness, Readiness, StoreReadiness
-from service.current import CurrentBundle
+from service.answers import EngineReadiness, InteractionsReadiness, Readiness, RoleReadiness, StoreReadiness
+from service.bundles.change import BundleChanges
+from service.bundles.registry import Bundles
+from service.bundles.shadow import Shadow
 from service.features.choice import Stores
 from service.interactions.recorder import Recorder
 from service.metrics.registry import Metrics
@@ -16,10 +18,12 @@ from service.settings import Settings
 
 @dataclass(frozen=True)
 class Collaborators:
-    """One application's settings, bundle, metrics, log, interactions, memory of what it served, and stores."""
+    """One application's settings, bundles, metrics, log, interactions, memory of what it served, and stores."""
 
     settings: Settings
-    current: CurrentBundle
+    bundles: Bundles
+    changes: BundleChanges
+    shadow: Shadow
     metrics: Metrics
     log: structlog.stdlib.BoundLogger
     interactions: Recorder
@@ -28,16 +32,26 @@ class Collaborators:
 
     async def readiness(self) -> Readiness:
         """Return whether a request would be scored now."""
-        with self.current.take() as handle:
+        with self.bundles.take_current() as handle:
             engine = handle.engine.health()
             store = await handle.store.health()
             return Readiness(
-                ready=engine.ready and store.ready and not self.current.stopping,
-                stopping=self.current.stopping,
+                ready=engine.ready and store.ready and not self.bundles.stopping,
+                stopping=self.bundles.stopping,
                 bundle_id=handle.bundle_id,
                 engine=EngineReadiness(state=engine.state, detail=engine.detail, restarts=engine.restarts),
                 store=StoreReadiness(**asdict(store)),
                 interactions=InteractionsReadiness(**asdict(self.interactions.health())),
+                beside=[
+                    RoleReadiness(
+                        role=role,
+                        bundle_id=seat.handle.bundle_id,
+                        share=self.bundles.share(role),
+                        state=seat.handle.engine.health().state,
+                    )
+                    for role, seat in self.bundles.roles.items()
+                    if seat.handle is not handle
+                ],
             )
 
 

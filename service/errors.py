@@ -58,6 +58,26 @@ class LimitError(RequestError):
     code = "limit_exceeded"
 
 
+class BundleRefusedError(RequestError):
+    """A bundle that cannot be served; what is served goes on."""
+
+    code = "bundle_refused"
+
+
+class BundleTooLargeError(BundleRefusedError):
+    """A bundle for which there is not memory enough beside what is loaded."""
+
+    status = 507
+    code = "bundle_too_large"
+
+
+class ChangeRunningError(RequestError):
+    """Another change of bundles is under way."""
+
+    status = 409
+    code = "change_running"
+
+
 class BodyTooLargeError(HTTPException):
     """A body over the limit. An HTTPException, because FastAPI lets no other pass while it reads a body."""
 

@@ -94,6 +94,7 @@ _ID_SCHEMA: dict[str, Any] = {
     "description": 'String or integer; 7 and "7" are the same id, "007" is another.',
 }
 
+Share = Annotated[float, Field(gt=0, le=1, strict=False, allow_inf_nan=False)]
 Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
 Title = Annotated[str, AfterValidator(_printable_line)]
 OnUnknown = Literal["error", "skip"]
@@ -265,3 +266,28 @@ class InteractionsRequest(_Body):
     )
 
     interactions: list[InteractionEvent] = Field(min_length=1)
+
+
+class BundleRequest(BaseModel):
+    """A bundle to serve, and what for."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [{"bundle": "2026-11", "role": "canary", "share": 0.05}]},
+    )
+
+    bundle: str = Field(
+        min_length=1, max_length=4096, description="Its folder, relative to the server's bundle folder, or absolute."
+    )
+    role: Literal["current", "canary", "shadow"] = "current"
+    share: Share | None = Field(
+        default=None, description="Of the users for a canary, of the requests for a shadow; the current one has none."
+    )
+    wait: bool = Field(default=True, description="false: answer 202 at once; GET tells how it ends.")
+
+    @model_validator(mode="after")
+    def _no_null(self) -> "BundleRequest":
+        if "\0" in self.bundle:
+            raise PydanticCustomError("path", "a path holds no null character")
+        return self

@@ -14,7 +14,7 @@ from models.features import Floats, HistoryItem, ItemFeatures, UserFeatures
 from models.packs import ScoringGroup
 from service.answers import HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
-from service.current import BundleHandle
+from service.bundles.handle import BundleHandle
 from service.features.protocol import Features
 from service.interactions.histories import merge_all
 from service.interactions.live import LiveUser
@@ -200,7 +200,9 @@ async def _compute(
 ) -> list[Floats]:
     if not groups:
         return []
-    raw, waited = await handle.batcher.score(groups, deadline, admitted=timings.engine_worked)
+    raw, waited = await handle.batcher.score(
+        groups, deadline, admitted=timings.engine_worked, bundle_id=handle.bundle_id
+    )
     timings.add(waited)
     return raw
 

@@ -42,6 +42,24 @@ class Settings(BaseSettings):
         description="Megabytes of this process for items that Redis answered before, whole; about 16,000 of Qwen2-7B,"
         " 60,000 of Qwen2-0.5B. 0 keeps none.",
     )
+    pointer_s: float = Field(
+        default=5.0,
+        gt=0,
+        le=DAY_S,
+        description="How often Redis is asked which bundle is to be current: seconds, where loading takes longer.",
+    )
+    bundle_folder: Path | None = Field(
+        default=None,
+        description="The folder out of which bundles may be loaded while the service runs. Unset: the one that holds"
+        " the first bundle, so that nobody with an admin key reads elsewhere.",
+    )
+    shadow_share: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Share of the requests that a shadow bundle scores too, where its request names none. A tenth tells"
+        " how scores differ within minutes and leaves the cores to the answers.",
+    )
     host: str = Field(
         default="127.0.0.1",
         min_length=1,

@@ -29,7 +29,7 @@ def score_entry(job: ScoreJob, *, first: bool) -> Entry:
     """Return the entry of a group's part, to be called on the event loop; the `first` computes the trunk for all."""
     pack = job.group.pack
     # A hash: two trunks taken for one would make a batch a little longer than meant, and change no score.
-    trunk = hash((pack.trunk.token_ids, job.group.user_1C.tobytes()))
+    trunk = hash((job.bundle_id, pack.trunk.token_ids, job.group.user_1C.tobytes()))
     own = pack.tokens - len(pack.trunk)
     tokens = pack.tokens if first else own
     return Entry(job, tokens, trunk, len(pack.trunk), own, asyncio.get_running_loop().create_future())

@@ -55,13 +55,18 @@ def tiny_bundle(
     out: Path,
     *,
     seed: int = 0,
+    rest_seed: int | None = None,
     size: TinySize | None = None,
     dtype: Dtype = "float32",
     template: TemplateConfig | None = None,
     d_model: int = D_MODEL,
     reference: dict[str, Any] | None = None,
 ) -> Bundle:
-    """Write a random bundle at `out` and open it."""
+    """Write a random bundle at `out` and open it.
+
+    `rest_seed` makes other projections and tables around an equal language model.
+    """
+    rest = seed if rest_seed is None else rest_seed
     size = size or TinySize()
     template = template or TemplateConfig()
     identity: dict[str, str | int] = {}
@@ -71,8 +76,8 @@ def tiny_bundle(
         backbone.save(folder / "backbone")
         base_id = load_backbone(folder / "backbone").weights_id()
         _write_adapter(backbone, folder / "adapter", seed)
-        _write_tables(folder, size, seed, d_model)
-        _write_projection(folder, backbone.embedding_norm(), seed, d_model)
+        _write_tables(folder, size, rest, d_model)
+        _write_projection(folder, backbone.embedding_norm(), rest, d_model)
         identity.update(
             base_id=base_id,
             merged_id=merged_id(base_id, folder / "adapter", dtype),
@@ -91,7 +96,7 @@ def tiny_bundle(
             ),
             data_fingerprint="random",
             training={},
-            seed=seed,
+            seed=rest,
             metrics={},
             reference=reference or {},
             files=files,

@@ -16,7 +16,7 @@ from models.tokens import AnswerTokens
 from service.engines.lifecycle import Supervision
 from service.engines.merged import MergedSource
 from service.engines.packed import WARM_UP_CANDIDATES, PackedSource
-from service.engines.protocol import Engine
+from service.engines.protocol import BundlePlace, Engine
 from service.engines.supervised import SupervisedEngine
 from service.engines.vllm import VllmEngine
 from service.engines.vllm_config import CoreConfig
@@ -30,15 +30,16 @@ def open_engine(
     assembler: Assembler,
     log: structlog.stdlib.BoundLogger,
     on_restart: Callable[[], None],
+    gently: Callable[[], bool] = lambda: False,
 ) -> Engine:
     """Return the engine that the settings name; it loads when it is told to start.
 
     Raises:
         SettingsError: it is not installed.
     """
+    place = BundlePlace(bundle.folder.resolve(), bundle.id)
     packed = PackedSource(
-        folder=bundle.folder.resolve(),
-        bundle_id=bundle.id,
+        places=(place,),
         device=settings.device,
         threads=settings.engine_threads,
         batch_tokens=settings.batch_tokens,
@@ -48,17 +49,33 @@ def open_engine(
     )
     supervision = Supervision(forward_limit_s=settings.forward_limit_s, load_limit_s=settings.load_limit_s)
     if settings.engine == "packed":
-        return SupervisedEngine(packed, supervision, log, on_restart)
+        return SupervisedEngine(packed, supervision, log, on_restart, gently)
     if find_spec("vllm") is None:
         raise SettingsError("SELLA_ENGINE: vllm is not installed; pip install 'sella[vllm]'")
     config = core_config(settings, bundle, assembler.template)
     distiller = SupervisedEngine(
-        MergedSource(packed, config.weights), supervision, log.bind(engine="distiller"), on_restart
+        MergedSource(packed, config.weights), supervision, log.bind(engine="distiller"), on_restart, gently
     )
+    writer = _writer(bundle)
+    warm_up = writer.write(_warm_up_group(assembler, bundle.manifest.dimensions.d_model))
+    return VllmEngine(
+        config, {bundle.id: writer}, _open_writer, distiller, warm_up, supervision, log.bind(engine="vllm"), on_restart
+    )
+
+
+def sharing_key(settings: Settings, bundle: Bundle, assembler: Assembler) -> tuple[str, int]:
+    """Return what bundles must have in common to share one loaded model; the settings are the same for all."""
+    longest = _longest_prompt(assembler.template) if settings.engine == "vllm" else 0  # vLLM is started for a length
+    return bundle.manifest.backbone.merged_id, longest
+
+
+def _open_writer(place: BundlePlace) -> PromptWriter:
+    return _writer(Bundle.open_projections(place.folder, place.bundle_id))
+
+
+def _writer(bundle: Bundle) -> PromptWriter:
     backbone = bundle.manifest.backbone
-    writer = PromptWriter(bundle.projections(), DTYPES[backbone.dtype], backbone.merged_id)
-    warm_up = _warm_up_group(assembler, bundle.manifest.dimensions.d_model)
-    return VllmEngine(config, writer, distiller, warm_up, supervision, log.bind(engine="vllm"), on_restart)
+    return PromptWriter(bundle.projections(), DTYPES[backbone.dtype], backbone.merged_id)
 
 
 def core_config(settings: Settings, bundle: Bundle, template: Template) -> CoreConfig:

@@ -2,10 +2,11 @@
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.engines.packed import PackedModel, PackedSource
+from service.engines.protocol import BundlePlace
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,25 @@ class MergedSource:
     packed: PackedSource
     weights: Path
 
-    def open(self) -> PackedModel:
+    def open(self, *, gently: bool = False) -> PackedModel:
         """Load the model and see to it that its weights stand in `weights`.
 
         Raises:
             BundleError, BackboneError, TokenizerError: the bundle cannot be served.
             OSError: the weights cannot be written.
         """
-        model = self.packed.open()
+        model = self.packed.open(gently=gently)
         if not self.weights.is_dir():
             self._save(model)
         return model
+
+    def with_place(self, place: BundlePlace) -> "MergedSource":
+        """Return the source with one bundle more."""
+        return replace(self, packed=self.packed.with_place(place))
+
+    def without(self, bundle_id: str) -> "MergedSource":
+        """Return the source with one bundle less."""
+        return replace(self, packed=self.packed.without(bundle_id))
 
     def _save(self, model: PackedModel) -> None:
         """Write to a scratch folder beside, then rename: a folder that is there is whole."""

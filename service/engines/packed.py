@@ -4,7 +4,7 @@ Shapes: K candidates, N prompts, D = d_L.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 from typing import TypeVar
@@ -21,11 +21,12 @@ from models.features import Floats, ItemFeatures
 from models.loading import Bundle
 from models.memory import keep_freed_memory
 from models.packs import ScoringGroup
+from models.projected import SlotVectors
 from models.scoring_model import ScoringModel
 from models.segments import Segment
 from models.template import Template
 from service.engines.device_memory import device_memory
-from service.engines.protocol import EngineUsage, JobFailedError
+from service.engines.protocol import BundlePlace, EngineUsage, JobFailedError
 
 WARM_UP_CANDIDATES = 16
 
@@ -34,10 +35,12 @@ Work = TypeVar("Work")
 
 @dataclass(frozen=True)
 class PackedSource:
-    """Where a worker finds its model: a plain message that opens in the worker process."""
+    """Where a worker finds its model: a plain message that opens in the worker process.
 
-    folder: Path
-    bundle_id: str
+    All `places` hold bundles of the same merged weights; any of them will do to load these from.
+    """
+
+    places: tuple[BundlePlace, ...]
     device: str
     threads: int | None
     batch_tokens: int
@@ -45,35 +48,89 @@ class PackedSource:
     dtype: str | None = None
     compiled: bool = False
 
-    def open(self) -> "PackedModel":
-        """Verify the bundle again, for it may have changed since, and load its model.
+    def open(self, *, gently: bool = False) -> "PackedModel":
+        """Verify the first bundle again, for it may have changed since, load its model, and attach the others.
 
         Raises:
-            BundleError, BackboneError, TokenizerError: the bundle cannot be served.
+            BundleError, BackboneError, TokenizerError: no bundle can be served; the first one's error.
         """
         transformers_logging.disable_progress_bar()
         # PEFT's progress bar makes a semaphore of its own, which a killed worker would leave behind.
         tqdm.set_lock(RLock())
         keep_freed_memory()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        threads = self.threads or torch.get_num_threads()
+        torch.set_num_threads(1 if gently else threads)
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        bundle = Bundle.open(self.folder)
-        if bundle.id != self.bundle_id:
-            raise BundleError(f"{self.folder}: holds bundle {bundle.id[:12]} now, not {self.bundle_id[:12]}")
+        bundle, refused = self._first_good()
         model = bundle.model(device=device, dtype=self.dtype, cache_bytes=self.cache_bytes, compiled=self.compiled)
-        return PackedModel(bundle, model, self.batch_tokens)
+        packed = PackedModel(bundle, model, self.batch_tokens, threads)
+        for place in self.places:
+            if place.bundle_id in (bundle.id, *refused):
+                continue
+            try:
+                packed.attach(place)
+            except (BundleError, OSError) as error:  # it must not take those with it that are whole
+                refused[place.bundle_id] = str(error)
+        packed.refused.update(refused)
+        return packed
+
+    def with_place(self, place: BundlePlace) -> "PackedSource":
+        """Return the source with one bundle more."""
+        return replace(self.without(place.bundle_id), places=(*self.without(place.bundle_id).places, place))
+
+    def without(self, bundle_id: str) -> "PackedSource":
+        """Return the source with one bundle less."""
+        return replace(self, places=tuple(one for one in self.places if one.bundle_id != bundle_id))
+
+    def _first_good(self) -> tuple[Bundle, dict[str, str]]:
+        errors: dict[str, BundleError] = {}
+        for place in self.places:
+            try:
+                bundle = Bundle.open(place.folder)
+                if bundle.id != place.bundle_id:
+                    raise BundleError(f"{place.folder}: holds bundle {bundle.id[:12]} now, not {place.bundle_id[:12]}")
+                return bundle, {bundle_id: str(error) for bundle_id, error in errors.items()}
+            except BundleError as error:
+                errors[place.bundle_id] = error
+        raise next(iter(errors.values()))
 
 
 class PackedModel:
     """Scores groups and distils titles, each job failing alone."""
 
-    def __init__(self, bundle: Bundle, model: ScoringModel, batch_tokens: int) -> None:
+    def __init__(self, bundle: Bundle, model: ScoringModel, batch_tokens: int, threads: int | None = None) -> None:
         self._bundle = bundle
         self._model = model
         self._batch_tokens = batch_tokens
+        self._threads = threads
+        self._vectors = {bundle.id: model.vectors}
+        self.refused: dict[str, str] = {}  # why a bundle could not be attached
+
+    def attach(self, place: BundlePlace) -> None:
+        """Load the projections of another bundle of the same weights. May run in a thread beside `score`.
+
+        Raises:
+            BundleError: it is altered, another one lies there, or its weights are others.
+        """
+        bundle = Bundle.open_projections(place.folder, place.bundle_id)
+        if bundle.manifest.backbone.merged_id != self._bundle.manifest.backbone.merged_id:
+            raise BundleError(f"{place.folder}: its merged weights are not those that are loaded")
+        self._vectors[bundle.id] = self._model.slot_vectors(bundle.projections(), bundle.prompt_identity)
+        self.refused.pop(bundle.id, None)
+
+    def detach(self, bundle_id: str) -> None:
+        """Free a bundle's projections."""
+        self.refused.pop(bundle_id, None)
+        vectors = self._vectors.pop(bundle_id, None)
+        if vectors is not None:
+            vectors.clear()
+
+    def begin(self) -> None:
+        """Set the threads of the thread that computes: torch counts them for each that asks."""
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
 
     def warm_up(self) -> None:
         """Score a real prompt and distil a title, so that the first request pays for no lazy start.
@@ -93,13 +150,17 @@ class PackedModel:
             raise semantic
         item = ItemFeatures("warm-up", title, prior.mean_C, prior.mean_C, semantic[0], trained=False)
         group = assembler.group(assembler.user(None, [item], 1), [item] * WARM_UP_CANDIDATES)
-        [scores] = self.score([group])
+        [scores] = self.score([group], [self._bundle.id])
         if isinstance(scores, JobFailedError):
             raise scores
 
-    def score(self, groups: Sequence[ScoringGroup]) -> list[Floats | JobFailedError]:
-        """Return each group's raw probabilities, `(K,)`, or its error."""
-        return _each_alone(groups, lambda part: self._model.score(part, max_tokens=self._batch_tokens))
+    def score(self, groups: Sequence[ScoringGroup], bundle_ids: Sequence[str] = ()) -> list[Floats | JobFailedError]:
+        """Return each group's raw probabilities, `(K,)`, or its error.
+
+        Each group is computed with its bundle's projections; without `bundle_ids` with the first bundle's.
+        """
+        works = list(zip(groups, bundle_ids or [self._bundle.id] * len(groups), strict=True))
+        return _each_alone(works, self._score)
 
     def distil(self, jobs: Sequence[Sequence[Segment]]) -> list[Floats | JobFailedError]:
         """Return each job's vectors, `(N, D)`, or its error."""
@@ -124,10 +185,25 @@ class PackedModel:
     def forget(self) -> None:
         """Drop what is kept of prompts and vectors."""
         self._model.forget()
+        for vectors in self._vectors.values():
+            vectors.clear()
 
     def save_weights(self, folder: Path) -> None:
         """Save the merged language model, for an engine that loads it from a folder."""
         self._model.backbone.save(folder)
+
+    def _score(self, works: Sequence[tuple[ScoringGroup, str]]) -> list[Floats]:
+        vectors = [self._attached(bundle_id) for _, bundle_id in works]
+        return self._model.score([group for group, _ in works], self._batch_tokens, vectors)
+
+    def _attached(self, bundle_id: str) -> SlotVectors:
+        if not bundle_id:  # from a caller who serves one alone
+            return self._model.vectors
+        vectors = self._vectors.get(bundle_id)
+        if vectors is None:
+            reason = self.refused.get(bundle_id, "it was never attached, or has been freed")
+            raise LookupError(f"bundle {bundle_id[:12]} is not loaded: {reason}")
+        return vectors
 
     def _distil(self, jobs: Sequence[Sequence[Segment]]) -> list[Floats]:
         prompts = [prompt for job in jobs for prompt in job]

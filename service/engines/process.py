@@ -3,18 +3,21 @@
 import asyncio
 import atexit
 import multiprocessing
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from threading import Thread
 
-from service.engines.worker import ModelSource, run_worker
+from service import interpreter
+from service.engines import boot
+from service.engines.worker import ModelSource
 
 
 class WorkerProcess:
     """One worker process with its pipe. Reading and writing block, so each has a thread."""
 
-    def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", pipe: Connection) -> None:
         self._process = process
         self._pipe = pipe
         self._loop = asyncio.get_running_loop()
@@ -25,22 +28,29 @@ class WorkerProcess:
         self.killed_because = ""
 
     @classmethod
-    async def start(cls, source: ModelSource) -> "WorkerProcess":
-        """Start a fresh interpreter: a fork would share torch's threads and locks."""
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=run_worker, args=(theirs, source), name="sella engine", daemon=True)
-        starting = asyncio.ensure_future(asyncio.to_thread(process.start))
+    async def start(cls, source: ModelSource, *, gently: bool = False) -> "WorkerProcess":
+        """Start a fresh interpreter: a fork would share torch's threads and locks.
+
+        Nor is it one of `multiprocessing`, which imports our own main module in it before anything else: `gently` means
+        that imports, too, give way to whoever computes.
+        """
+        ours, theirs = multiprocessing.Pipe()
+        starting = asyncio.ensure_future(asyncio.to_thread(_start, theirs.fileno(), gently))
         try:
-            await asyncio.shield(starting)
+            process = await asyncio.shield(starting)
         except asyncio.CancelledError:
-            await starting
-            process.kill()
+            with suppress(OSError):
+                _end(await starting)
+            ours.close()
             raise
-        # multiprocessing's own exit handler sends SIGTERM, which a worker ignores, and then waits for it.
-        atexit.register(process.kill)
-        theirs.close()
-        return cls(process, ours)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        worker = cls(process, ours)
+        worker.send(source)
+        return worker
 
     @property
     def pid(self) -> int | None:
@@ -66,12 +76,10 @@ class WorkerProcess:
         await asyncio.shield(asyncio.to_thread(self._free))
 
     def _free(self) -> None:
-        atexit.unregister(self._process.kill)
-        self._process.join()
+        _end(self._process)
         self._reader.join()
         self._writer.shutdown(wait=True, cancel_futures=True)
         self._pipe.close()
-        self._process.close()
 
     def _write(self, message: object) -> None:
         try:
@@ -95,3 +103,16 @@ class WorkerProcess:
                 self._loop.call_soon_threadsafe(self._inbox.put_nowait, message)
             if message is None:
                 return
+
+
+def _start(pipe: int, gently: bool) -> "subprocess.Popen[bytes]":
+    command = interpreter.command(boot.__name__, str(pipe), *([boot.GENTLY] if gently else []))
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[pipe], env=interpreter.environment())
+    atexit.register(process.kill)  # where nobody comes to close it
+    return process
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
+    atexit.unregister(process.kill)

@@ -6,6 +6,7 @@ Shapes: K candidates of a group, N prompts, D = d_L.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from models.features import Floats
@@ -34,12 +35,24 @@ class EngineBrokenError(EngineError):
 
 
 @dataclass(frozen=True, slots=True)
+class BundlePlace:
+    """Where a bundle lies, and which one must lie there."""
+
+    folder: Path
+    bundle_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """One group to score. `deadline` is `time.monotonic()` seconds, the same clock in every process of a machine."""
+    """One group to score with the projections of one bundle.
+
+    `deadline` is `time.monotonic()` seconds, the same clock in every process of a machine.
+    """
 
     id: int
     deadline: float
     group: ScoringGroup
+    bundle_id: str = ""  # of an engine that serves several
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +161,18 @@ class Engine(Protocol):
 
     def health(self) -> EngineHealth:
         """Return where the engine stands."""
+        ...
+
+    async def attach(self, place: BundlePlace) -> None:
+        """Serve another bundle of the same merged weights too, from now on and after every restart.
+
+        Raises:
+            EngineError: it cannot be, and those served already are not touched.
+        """
+        ...
+
+    def detach(self, bundle_id: str) -> None:
+        """Serve a bundle no more; its jobs are done."""
         ...
 
     def usage(self) -> EngineUsage:

@@ -9,7 +9,9 @@ import structlog
 from service.engines.lifecycle import Lifecycle, Supervision
 from service.engines.process import WorkerProcess
 from service.engines.protocol import (
+    BundlePlace,
     DistilJob,
+    EngineBrokenError,
     EngineError,
     EngineHealth,
     EngineUnavailableError,
@@ -18,7 +20,7 @@ from service.engines.protocol import (
     Outcome,
     ScoreJob,
 )
-from service.engines.worker import Batch, Broken, Cancel, Forget, ModelSource, Ready, Results
+from service.engines.worker import Attach, Attached, Batch, Broken, Cancel, Detach, Forget, ModelSource, Ready, Results
 
 
 class SupervisedEngine:
@@ -30,11 +32,15 @@ class SupervisedEngine:
         supervision: Supervision,
         log: structlog.stdlib.BoundLogger,
         on_restart: Callable[[], None] = lambda: None,
+        gently: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`gently` is asked before a worker starts whether others compute on its cores."""
         self._source = source
         self._supervision = supervision
+        self._gently = gently
         self._lifecycle = Lifecycle(supervision, log, on_restart)
         self._worker: WorkerProcess | None = None
+        self._attaching: dict[str, asyncio.Future[None]] = {}
         self._pending: dict[int, asyncio.Future[Outcome]] = {}
         self._hang_timer: asyncio.TimerHandle | None = None
         self._usage = EngineUsage()  # the worker's that runs
@@ -74,6 +80,38 @@ class SupervisedEngine:
         """The process id of the worker that runs, if one does."""
         return self._worker.pid if self._worker is not None else None
 
+    async def attach(self, place: BundlePlace) -> None:
+        """Serve another bundle of the same weights too.
+
+        Raises:
+            EngineUnavailableError: the worker is not ready, or stopped meanwhile.
+            EngineBrokenError: the bundle cannot be served.
+        """
+        if not self._lifecycle.serving or self._worker is None:
+            raise self._lifecycle.unavailable()
+        before = self._source
+        self._source = self._source.with_place(place)  # a worker that starts meanwhile has it too
+        attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._attaching[place.bundle_id] = attached
+        self._worker.send(Attach(place))
+        try:
+            async with asyncio.timeout(self._supervision.load_limit_s):
+                await attached
+        except BaseException as error:
+            self._source = before
+            self.detach(place.bundle_id)
+            if isinstance(error, TimeoutError):
+                raise EngineUnavailableError("the worker did not attach the bundle in time") from error
+            raise
+        finally:
+            self._attaching.pop(place.bundle_id, None)
+
+    def detach(self, bundle_id: str) -> None:
+        """Serve a bundle no more."""
+        self._source = self._source.without(bundle_id)
+        if self._worker is not None and self._lifecycle.serving:
+            self._worker.send(Detach(bundle_id))
+
     def usage(self) -> EngineUsage:
         """Return what the workers have computed, and the memory that the last one said it takes."""
         return self._usage.after(self._usage_before)
@@ -106,7 +144,7 @@ class SupervisedEngine:
         """Run a worker from its start to its end; return why it ended."""
         started = time.monotonic()
         try:
-            self._worker = worker = await WorkerProcess.start(self._source)
+            self._worker = worker = await WorkerProcess.start(self._source, gently=self._gently())
         except OSError as error:  # no process, memory or file handle to be had just now
             return f"the worker could not be started: {error}"
         try:
@@ -134,7 +172,9 @@ class SupervisedEngine:
     async def _serve(self, worker: WorkerProcess, load_s: float) -> str:
         self._lifecycle.became_ready(load_s, worker.pid)
         while (message := await worker.next_message()) is not None:
-            if isinstance(message, Results):
+            if isinstance(message, Attached):
+                self._take_attached(message)
+            elif isinstance(message, Results):
                 self._watch_forward()
                 self._usage = message.usage
                 for job_id, outcome in message.outcomes:
@@ -145,6 +185,14 @@ class SupervisedEngine:
                     self._stop_watching()
         return worker.killed_because or "the worker process died"
 
+    def _take_attached(self, message: Attached) -> None:
+        future = self._attaching.get(message.bundle_id)
+        if future is not None and not future.done():
+            if message.error:
+                future.set_exception(EngineBrokenError(message.error))
+            else:
+                future.set_result(None)
+
     def _lost(self) -> None:
         """Fail every pending job at once: its worker will not answer."""
         self._stop_watching()
@@ -153,6 +201,9 @@ class SupervisedEngine:
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(error)
+        for attaching in self._attaching.values():
+            if not attaching.done():
+                attaching.set_exception(error)
         self._pending.clear()
 
     def _watch_forward(self) -> None:

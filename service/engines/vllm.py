@@ -2,16 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
 import torch
 
+from models.bundle import BundleError
 from models.features import Floats
-from models.packs import ScoringGroup
 from service.engines.lifecycle import Lifecycle, Supervision
 from service.engines.protocol import (
+    BundlePlace,
     DistilJob,
     EngineBrokenError,
     EngineHealth,
@@ -25,7 +26,7 @@ from service.engines.protocol import (
 from service.engines.supervised import SupervisedEngine
 from service.engines.vllm_config import CoreConfig
 from service.engines.vllm_core import VllmCore
-from service.engines.vllm_prompts import PromptWriter
+from service.engines.vllm_prompts import MixedPrompt, PromptWriter
 
 
 class VllmEngine:
@@ -38,15 +39,17 @@ class VllmEngine:
     def __init__(
         self,
         config: CoreConfig,
-        writer: PromptWriter,
+        writers: Mapping[str, PromptWriter],
+        open_writer: Callable[[BundlePlace], PromptWriter],
         distiller: SupervisedEngine,
-        warm_up: ScoringGroup,
+        warm_up: Sequence[MixedPrompt],
         supervision: Supervision,
         log: structlog.stdlib.BoundLogger,
         on_restart: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
-        self._writer = writer
+        self._writers = dict(writers)  # by bundle id: projections stay on this side
+        self._open_writer = open_writer
         self._distiller = distiller
         self._warm_up = warm_up
         self._supervision = supervision
@@ -92,6 +95,26 @@ class VllmEngine:
         if own.ready and not beside.ready:
             detail = f"ready, but titles outside the catalogue wait: {beside.detail}"
         return EngineHealth(own.state, detail, own.restarts + beside.restarts)
+
+    async def attach(self, place: BundlePlace) -> None:
+        """Serve another bundle of the same weights too.
+
+        Raises:
+            EngineUnavailableError: an engine is not ready, or stopped meanwhile.
+            EngineBrokenError: the bundle cannot be served.
+        """
+        self._serving()
+        try:
+            writer = await asyncio.to_thread(self._open_writer, place)
+        except (BundleError, OSError) as error:
+            raise EngineBrokenError(str(error)) from error
+        await self._distiller.attach(place)  # it may have to load the weights from there one day
+        self._writers[place.bundle_id] = writer
+
+    def detach(self, bundle_id: str) -> None:
+        """Serve a bundle no more."""
+        self._writers.pop(bundle_id, None)
+        self._distiller.detach(bundle_id)
 
     def usage(self) -> EngineUsage:
         """Return what vLLM has computed. The memory is what the distiller sees: on a GPU that is everybody's."""
@@ -142,7 +165,10 @@ class VllmEngine:
 
     async def _compute(self, core: VllmCore, job: ScoreJob) -> Floats:
         _refuse_if_late(job)
-        prompts = await asyncio.to_thread(self._writer.write, job.group)
+        writer = self._writers.get(job.bundle_id or next(iter(self._writers)))
+        if writer is None:
+            raise JobFailedError(f"bundle {job.bundle_id[:12]} is not loaded")
+        prompts = await asyncio.to_thread(writer.write, job.group)
         _refuse_if_late(job)
         logits_K = torch.tensor(await core.ask(prompts), dtype=torch.float64)
         probabilities: Floats = logits_K.sigmoid().float().numpy()
@@ -160,7 +186,7 @@ class VllmEngine:
         try:
             try:
                 async with asyncio.timeout(self._supervision.load_limit_s):
-                    await core.open(await asyncio.to_thread(self._writer.write, self._warm_up))
+                    await core.open(self._warm_up)
             except TimeoutError:
                 reason = f"vLLM was not ready within {self._supervision.load_limit_s:g} s"
             except Exception as error:  # what vLLM raises where it cannot start is not ours to list

@@ -4,11 +4,11 @@ It ends when its pipe does, whatever it is doing, so that it never outlives the 
 """
 
 import os
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -17,6 +17,7 @@ from models.features import Floats
 from models.packs import ScoringGroup
 from models.segments import Segment
 from service.engines.protocol import (
+    BundlePlace,
     DistilJob,
     EngineUsage,
     Job,
@@ -34,12 +35,24 @@ class WorkerModel(Protocol):
         """Run every path once."""
         ...
 
-    def score(self, groups: Sequence[ScoringGroup]) -> Sequence[Floats | JobFailedError]:
-        """Return each group's raw probabilities."""
+    def begin(self) -> None:
+        """Called once in the thread that will compute, which is not the one that loaded."""
+        ...
+
+    def score(self, groups: Sequence[ScoringGroup], bundle_ids: Sequence[str]) -> Sequence[Floats | JobFailedError]:
+        """Return each group's raw probabilities, with the projections of each one's bundle."""
         ...
 
     def distil(self, jobs: Sequence[Sequence[Segment]]) -> Sequence[Floats | JobFailedError]:
         """Return each job's vectors."""
+        ...
+
+    def attach(self, place: BundlePlace) -> None:
+        """Load another bundle's projections, in a thread beside `score`; any error says why it cannot."""
+        ...
+
+    def detach(self, bundle_id: str) -> None:
+        """Free a bundle's projections."""
         ...
 
     def usage(self) -> EngineUsage:
@@ -54,8 +67,16 @@ class WorkerModel(Protocol):
 class ModelSource(Protocol):
     """A plain message that opens into a model inside the worker process."""
 
-    def open(self) -> WorkerModel:
-        """Load the model; any error says why it cannot."""
+    def open(self, *, gently: bool = False) -> WorkerModel:
+        """Load the model; any error says why it cannot. `gently`: others compute on the same cores."""
+        ...
+
+    def with_place(self, place: BundlePlace) -> "ModelSource":
+        """Return the source with one bundle more, whose merged weights are the same."""
+        ...
+
+    def without(self, bundle_id: str) -> "ModelSource":
+        """Return the source with one bundle less."""
         ...
 
 
@@ -71,6 +92,28 @@ class Cancel:
     """To the worker: drop these jobs if their forward has not begun."""
 
     job_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """To the worker: load a bundle's projections beside those there are."""
+
+    place: BundlePlace
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """To the worker: free a bundle's projections, after the batches sent before."""
+
+    bundle_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """From the worker: a bundle's projections are there, or why they are not."""
+
+    bundle_id: str
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,32 +143,51 @@ class Results:
     usage: EngineUsage
 
 
-Order = Batch | Forget
+Order = Batch | Attach | Detach | Forget
 
 
-def run_worker(connection: Connection, source: ModelSource) -> None:
-    """Be the worker process: load, warm up, then compute batches until the pipe ends."""
-    # Ctrl-C and a service manager's SIGTERM reach the whole group; the parent drains first, and then closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    inbox = _Inbox(connection)
-    try:
-        model = source.open()
-        model.warm_up()
-    except Exception as error:  # whatever it is, the parent tells it better than a traceback here
-        connection.send(Broken(" ".join(str(error).split()) or type(error).__name__))
-        return
-    connection.send(Ready(model.usage()))
+def serve(connection: Connection, model: WorkerModel, inbox: "Inbox") -> None:
+    """Carry out orders one after the other until the pipe ends."""
+    model.begin()
+    outbox = _Outbox(connection)
+    outbox.send(Ready(model.usage()))
     while True:
-        order = inbox.next_order()
-        if isinstance(order, Forget):
-            model.forget()
-        else:
-            outcomes = _compute(model, order, inbox)
-            connection.send(Results(outcomes, model.usage()))
+        match inbox.next_order():
+            case Batch() as batch:
+                outcomes = _compute(model, batch, inbox)
+                outbox.send(Results(outcomes, model.usage()))
+            case Attach(place):
+                # Beside the batches: projections of a large model take a moment to read and to hash.
+                threading.Thread(target=_attach, args=(model, place, outbox), name="attach", daemon=True).start()
+            case Detach(bundle_id):
+                model.detach(bundle_id)
+            case Forget():
+                model.forget()
 
 
-class _Inbox:
+def _attach(model: WorkerModel, place: BundlePlace, outbox: "_Outbox") -> None:
+    try:
+        model.attach(place)
+    except Exception as error:
+        outbox.send(Attached(place.bundle_id, " ".join(str(error).split()) or type(error).__name__))
+    else:
+        outbox.send(Attached(place.bundle_id))
+
+
+class _Outbox:
+    """The pipe's way out, for several threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: object) -> None:
+        """Send a whole message; where the parent is gone the inbox ends the process."""
+        with self._lock, suppress(OSError):
+            self._connection.send(message)
+
+
+class Inbox:
     """Orders and cancellations, read by a thread of its own: a forward must delay neither."""
 
     def __init__(self, connection: Connection) -> None:
@@ -161,7 +223,7 @@ class _Inbox:
                 self._arrived.notify()
 
 
-def _compute(model: WorkerModel, batch: Batch, inbox: _Inbox) -> tuple[tuple[int, Outcome], ...]:
+def _compute(model: WorkerModel, batch: Batch, inbox: Inbox) -> tuple[tuple[int, Outcome], ...]:
     now = time.monotonic()
     outcomes: dict[int, Outcome] = {}
     scores: list[ScoreJob] = []
@@ -176,7 +238,7 @@ def _compute(model: WorkerModel, batch: Batch, inbox: _Inbox) -> tuple[tuple[int
         else:
             distils.append(job)
     if scores:
-        raw = model.score([job.group for job in scores])
+        raw = model.score([job.group for job in scores], [job.bundle_id for job in scores])
         outcomes.update(zip([job.id for job in scores], raw, strict=True))
     if distils:
         vectors = model.distil([job.prompts for job in distils])

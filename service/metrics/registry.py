@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, genera
 
 from service.metrics.access import AccessMetrics
 from service.metrics.batches import BatchMetrics
+from service.metrics.bundles import BundleMetrics
 from service.metrics.connections import ConnectionMetrics
 from service.metrics.drift import DriftMetrics
 from service.metrics.engine import EngineMetrics
@@ -16,6 +17,8 @@ from service.metrics.quality import QualityMetrics
 from service.metrics.requests import RequestMetrics
 from service.metrics.scored import ScoredMetrics, Tally
 from service.metrics.store import StoreMetrics
+
+LEGS = ("lookup", "assemble", "queue", "forward", "total")
 
 # Latest values that a figure is of: at ten thousand an AUC is known to about 0.01, and drift within a few minutes of
 # traffic. Ten thousand labelled scores take 50 kB a bundle.
@@ -53,10 +56,8 @@ class Metrics:
         self._ready = Gauge(
             "sella_ready", "1 while the service can score: engine and store ready, not stopping.", registry=registry
         )
-        self._bundle = Gauge(
-            "sella_bundle_info", "1 for each bundle that is served.", ["bundle_id", "merged_id"], registry=registry
-        )
         self.store = StoreMetrics(registry)
+        self.bundles = BundleMetrics(registry)
         build = Gauge("sella_build_info", "1; the label says what runs.", ["version"], registry=registry)
         build.labels(build_version()).set(1)
         # What many parts of the service count, by short names.
@@ -89,10 +90,6 @@ class Metrics:
     def ready(self, ready: bool) -> None:
         """Record whether the service can score."""
         self._ready.set(int(ready))
-
-    def serving(self, bundle_id: str, merged_id: str) -> None:
-        """Name a bundle that is served."""
-        self._bundle.labels(bundle_id, merged_id).set(1)
 
     def text(self) -> bytes:
         """Return everything in Prometheus's text format."""

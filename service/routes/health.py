@@ -29,5 +29,5 @@ async def metrics(request: Request) -> Response:
     """Return the metrics."""
     service = collaborators_of(request)
     service.metrics.ready((await service.readiness()).ready)
-    service.metrics.engine.read([service.current.handle.engine])
+    service.metrics.engine.read(service.bundles.engines)
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -87,7 +87,7 @@ async def score_for(
     service = collaborators_of(request)
     timeout_s = (timeout_ms or service.settings.default_timeout_ms) / 1000
     timings = Timings()
-    with service.current.take() as handle:
+    with service.bundles.take(questions[0].user_id if questions else "") as handle:
         health = handle.engine.health()
         if not health.ready:
             raise EngineUnavailableError(f"the engine is {health.state}: {health.detail}")
@@ -100,6 +100,8 @@ async def score_for(
             raise DeadlineExceededError(f"not scored within {timeout_s:g} s") from error
         scored = Scored(answers, skipped, request.state.request_id, handle.bundle_id, timings.finish())
         _record(service, request, questions, scored)
+        live = service.interactions.live
+        service.shadow.offer(answers, lambda shadow, until: score(questions, shadow, "skip", until, Timings(), live))
         return scored
 
 

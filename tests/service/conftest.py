@@ -9,11 +9,14 @@ from redis.asyncio import Redis
 from models.loading import Bundle
 from models.scoring_model import ScoringModel
 from service.app import create_app
-from service.batcher import Batcher, BatchLimits
+from service.bundles.change import BundleChanges
+from service.bundles.handle import handle_of, open_parts
+from service.bundles.loaded import LoadedModels
+from service.bundles.registry import Bundles
+from service.bundles.shadow import Shadow
 from service.collaborators import Collaborators
-from service.current import BundleHandle, CurrentBundle
 from service.engines.protocol import Engine
-from service.features.choice import Stores, open_store
+from service.features.choice import Stores
 from service.features.client import open_client
 from service.interactions.recorder import open_recorder
 from service.metrics.registry import Metrics
@@ -33,28 +36,23 @@ def model(bundle: Bundle) -> ScoringModel:
     return bundle.model()
 
 
-def collaborators(bundle: Bundle, engine: Engine, **settings: object) -> Collaborators:
-    """The application's collaborators around any engine, with the bundle's own tables."""
+def collaborators(bundle: Bundle, engine: Engine, *later: Engine, **settings: object) -> Collaborators:
+    """The application's collaborators around any engine, with the bundle's own tables.
+
+    `later` are the engines of models that are loaded afterwards.
+    """
     chosen = Settings(bundle=bundle.folder, **settings)  # type: ignore[arg-type]
-    metrics, log = Metrics(), structlog.get_logger()
+    metrics, log, engines = Metrics(), structlog.get_logger(), iter((engine, *later))
     stores = Stores.of(chosen, metrics.store, log)
-    metrics.loaded(bundle.id, bundle.manifest.reference)
     quality = LiveQuality(ServedScores(chosen.quality_scores, chosen.quality_age_s), metrics.quality)
-    tables = bundle.tables()
-    limits = BatchLimits(
-        chosen.queue_tokens, chosen.batch_tokens, chosen.batch_ahead_ms / 1000, chosen.batches_in_flight
-    )
-    handle = BundleHandle(
-        bundle_id=bundle.id,
-        tables=tables,
-        store=open_store(bundle.id, tables, stores),
-        assembler=bundle.assembler(bundle.encoder(), tables),
-        calibration=bundle.calibration(),
-        engine=engine,
-        batcher=Batcher(engine, limits, on_queue=metrics.queued, on_batch=metrics.batched),
-    )
+    models = LoadedModels(chosen, metrics, log, lambda *_, **__: next(engines))
+    parts = open_parts(bundle)
+    model = models.open(parts)
+    bundles = Bundles(handle_of(parts, model.engine, model.batcher, stores), metrics)
+    changes = BundleChanges(chosen, bundles, models, stores, metrics, log)
+    shadow = Shadow(bundles, metrics, log, idle=lambda: models.idle, seed=0)
     recorder = open_recorder(chosen, metrics, log, stores.interactions(chosen.retention_days * DAY_S))
-    return Collaborators(chosen, CurrentBundle(handle), metrics, log, recorder, quality, stores)
+    return Collaborators(chosen, bundles, changes, shadow, metrics, log, recorder, quality, stores)
 
 
 def client_of(service: Collaborators) -> httpx.AsyncClient:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from service.engines.packed import PackedModel
-from service.engines.protocol import DistilJob, EngineHealth, EngineState, EngineUsage, Outcome, ScoreJob
+from service.engines.protocol import BundlePlace, DistilJob, EngineHealth, EngineState, EngineUsage, Outcome, ScoreJob
 
 
 class DirectEngine:
@@ -17,7 +17,7 @@ class DirectEngine:
     async def ready(self) -> None: ...
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
-        return list(self._model.score([job.group for job in jobs]))
+        return list(self._model.score([job.group for job in jobs], [job.bundle_id for job in jobs]))
 
     async def distil(self, jobs: Sequence[DistilJob]) -> list[Outcome]:
         return list(self._model.distil([job.prompts for job in jobs]))
@@ -26,6 +26,12 @@ class DirectEngine:
 
     def health(self) -> EngineHealth:
         return EngineHealth(EngineState.READY, "direct")
+
+    async def attach(self, place: BundlePlace) -> None:
+        self._model.attach(place)
+
+    def detach(self, bundle_id: str) -> None:
+        self._model.detach(bundle_id)
 
     def usage(self) -> EngineUsage:
         return self._model.usage()

@@ -8,6 +8,7 @@ import numpy as np
 from models.features import Floats
 from models.packs import ScoringGroup
 from service.engines.protocol import (
+    BundlePlace,
     DistilJob,
     EngineError,
     EngineHealth,
@@ -40,6 +41,7 @@ class EchoEngine:
         self.poisoned: dict[int, EngineError] = {}  # by job id
         self.used = EngineUsage()
         self.forgotten = 0
+        self.attached: list[str] = []
         self.closed = False
 
     async def start(self) -> None: ...
@@ -62,6 +64,12 @@ class EchoEngine:
 
     def health(self) -> EngineHealth:
         return EngineHealth(self.state, "echo")
+
+    async def attach(self, place: BundlePlace) -> None:
+        self.attached.append(place.bundle_id)
+
+    def detach(self, bundle_id: str) -> None:
+        self.attached.append(f"-{bundle_id}")
 
     def usage(self) -> EngineUsage:
         return self.used

@@ -162,7 +162,7 @@ def test_the_longest_waiting_gives_way_to_a_new_connection(server: Listening) ->
 
 def test_where_all_are_at_work_a_new_one_is_told_so(bundle: Bundle) -> None:
     with listening(bundle, max_connections=MOST) as server:
-        engine = cast(EchoEngine, server.service.current.handle.engine)
+        engine = cast(EchoEngine, server.service.bundles.current.engine)
         engine.gate.clear()
         body = b'{"user_id": "u1", "candidates": ["i1"]}'
         asked = [server.connect(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body) for _ in range(MOST)]

@@ -41,7 +41,7 @@ async def test_a_fault_of_ours_carries_them_and_no_trace(
     async def broken(*_: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(type(service.current.handle.store), "look_up", broken)
+    monkeypatch.setattr(type(service.bundles.current.store), "look_up", broken)
     answer = await client.post("/rank", json=GOOD)
     assert answer.status_code == 500
     assert {name: answer.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS

@@ -213,7 +213,7 @@ async def test_an_engine_that_is_not_ready_is_503_with_retry_after(
     assert (ready.status_code, ready.json()["engine"]["state"]) == (503, "starting")
     echo.state = EngineState.READY
     assert (await client.get("/readyz")).status_code == 200
-    service.current.stopping = True
+    service.bundles.stopping = True
     assert (await client.get("/readyz")).status_code == 503
 
 
@@ -230,7 +230,7 @@ async def test_an_error_of_our_own_is_told_in_the_same_shape(
     async def broken(*_: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(type(service.current.handle.store), "look_up", broken)
+    monkeypatch.setattr(type(service.bundles.current.store), "look_up", broken)
     response = await client.post("/rank", json=GOOD)
     assert_error(response, 500, "internal_error")
     assert "secret" not in response.text
@@ -270,7 +270,7 @@ async def test_a_client_that_leaves_takes_its_job_along(service: Collaborators, 
     [[job]] = echo.batches
     assert echo.cancelled == [job.id]
     assert sent[0]["status"] == 499
-    assert service.current.handle.batcher.waiting_tokens == 0
+    assert service.bundles.current.batcher.waiting_tokens == 0
     assert service.metrics.registry.get_sample_value("sella_refusals_total", {"reason": "client_gone"}) == 1
 
 

@@ -141,9 +141,9 @@ async def test_engines_are_added_up_and_counted_once(
 async def test_a_retired_bundle_leaves_no_series(client: httpx.AsyncClient, service: Collaborators) -> None:
     service.metrics.loaded("f" * 64, REFERENCE)
     await drive(client)
-    label = f'bundle="{service.current.handle.bundle_id[:12]}"'
+    label = f'bundle="{service.bundles.current.bundle_id[:12]}"'
     assert service.metrics.text().decode().count(label) > 50
-    service.metrics.retired(service.current.handle.bundle_id)
+    service.metrics.retired(service.bundles.current.bundle_id)
     text = service.metrics.text().decode()
     assert label not in text
     assert 'sella_scores_count{bundle="ffffffffffff"} 0.0' in text
@@ -168,7 +168,7 @@ async def test_refusals_are_counted_by_reason_and_the_queue_returns_to_zero(bund
         asyncio.create_task(client.post("/rank", json=body, headers={"x-request-timeout-ms": "80"})) for _ in range(6)
     ]
     await asyncio.sleep(0.04)
-    assert value(service.metrics, "sella_queue_tokens") == service.current.handle.batcher.waiting_tokens > 0
+    assert value(service.metrics, "sella_queue_tokens") == service.bundles.current.batcher.waiting_tokens > 0
     assert {one.status_code for one in await asyncio.gather(*calls)} == {504}
     assert value(service.metrics, "sella_refusals_total", reason="deadline") == 6
     assert value(service.metrics, "sella_requests_total", route="/rank", outcome="expired") == 6
@@ -182,7 +182,7 @@ async def test_what_a_refusal_took_is_counted_for_429_alone(bundle: Bundle, echo
     body = {"user_id": "u1", "candidates": ["i1"]}
     echo.gate.clear()
     admitted = [asyncio.create_task(client.post("/rank", json=body)) for _ in range(2)]  # one runs, one waits
-    while not service.current.handle.batcher.waiting_tokens:
+    while not service.bundles.current.batcher.waiting_tokens:
         await asyncio.sleep(0.01)
     assert (await client.post("/rank", json=body)).status_code == 429
     assert (await client.post("/rank", json={})).status_code == 422

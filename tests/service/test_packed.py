@@ -1,16 +1,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from models.bundle import BundleError
 from models.loading import Bundle
 from models.packs import ScoringGroup
+from models.scorer import score
 from models.scoring_model import ScoringModel
-from models.segments import Segment
+from models.segments import Segment, SlotKind
 from service.engines.packed import PackedModel, PackedSource
-from service.engines.protocol import JobFailedError
+from service.engines.protocol import BundlePlace, JobFailedError
+from tests.tiny import tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,77 @@ def test_warming_up_passes_a_good_model_and_refuses_a_bad_one(
 
 
 def test_a_bundle_that_changed_since_is_refused(bundle: Bundle) -> None:
-    source = PackedSource(bundle.folder, "0" * 64, "cpu", None, 1024, 0)
+    source = PackedSource((BundlePlace(bundle.folder, "0" * 64),), "cpu", None, 1024, 0)
     with pytest.raises(BundleError, match="holds bundle"):
         source.open()
+
+
+def test_jobs_of_two_bundles_share_a_batch_and_each_gets_its_own_projections(
+    bundle: Bundle, model: ScoringModel, tmp_path: Path
+) -> None:
+    alike = tiny_bundle(tmp_path / "alike", rest_seed=7)
+    packed = PackedModel(bundle, bundle.model(), batch_tokens=2048)
+    packed.attach(BundlePlace(alike.folder, alike.id))
+    works = [(one, group) for one in (bundle, alike, bundle, alike) for group in groups_of(one)]
+    for _ in range(2):  # the second time out of the caches
+        outcomes = packed.score([group for _, group in works], [one.id for one, _ in works])
+        for (one, group), got in zip(works, outcomes, strict=True):
+            assert not isinstance(got, JobFailedError)
+            np.testing.assert_allclose(got, reference(model, one, group), atol=1e-5)
+    # The same vectors under other projections are another prompt.
+    [ours, theirs] = scores(packed.score([works[0][1]] * 2, [bundle.id, alike.id]))
+    assert np.abs(ours - theirs).max() > 1e-3
+    packed.detach(bundle.id)  # the first one is not special
+    lost, kept = packed.score([works[0][1], works[-1][1]], [bundle.id, alike.id])
+    assert isinstance(lost, JobFailedError) and "not loaded" in str(lost)
+    np.testing.assert_allclose(np.asarray(kept), reference(model, alike, works[-1][1]), atol=1e-5)
+
+
+def test_a_bundle_that_does_not_fit_or_is_altered_is_not_attached(bundle: Bundle, tmp_path: Path) -> None:
+    packed = PackedModel(bundle, bundle.model(), batch_tokens=2048)
+    other = tiny_bundle(tmp_path / "other", seed=3)
+    with pytest.raises(BundleError, match="merged weights are not those"):
+        packed.attach(BundlePlace(other.folder, other.id))
+    alike = tiny_bundle(tmp_path / "alike", rest_seed=7)
+    with pytest.raises(BundleError, match="holds bundle"):
+        packed.attach(BundlePlace(alike.folder, "0" * 64))
+    (alike.folder / "projection.safetensors").write_bytes(b"\0" * alike.manifest.files["projection.safetensors"].size)
+    with pytest.raises(BundleError, match=r"projection\.safetensors: altered"):
+        packed.attach(BundlePlace(alike.folder, alike.id))
+
+
+def test_a_worker_starts_with_the_bundles_that_are_whole(bundle: Bundle, tmp_path: Path) -> None:
+    alike = tiny_bundle(tmp_path / "alike", rest_seed=7)
+    places = tuple(BundlePlace(one.folder, one.id) for one in (alike, bundle))
+    source = PackedSource(places, "cpu", 1, 1024, 0)
+    [group] = groups_of(bundle)[:1]
+    both = source.open().score([group, group], [bundle.id, alike.id])
+    assert len(scores(both)) == 2
+    (alike.folder / "calibration.json").unlink()
+    good, bad = source.open().score([group, group], [bundle.id, alike.id])
+    assert isinstance(bad, JobFailedError) and "calibration.json: missing" in str(bad)
+    np.testing.assert_allclose(np.asarray(good), np.asarray(both[0]), atol=1e-6)
+
+
+def groups_of(bundle: Bundle) -> list[ScoringGroup]:
+    tables = bundle.tables()
+    assembler = bundle.assembler(bundle.encoder(), tables)
+    items = [item for i in range(5) if (item := tables.item(f"i{i}")) is not None]
+    return [assembler.group(assembler.user(tables.user(f"u{i}"), items[:i], i), items[: i + 2]) for i in range(3)]
+
+
+def reference(model: ScoringModel, bundle: Bundle, group: ScoringGroup) -> list[float]:
+    """Each candidate alone by `models.scorer`; both bundles have this model's backbone."""
+    return [
+        score(
+            model.backbone,
+            group.pack.trunk + branch.segment,
+            bundle.projections(),
+            {
+                SlotKind.USER: torch.from_numpy(group.user_1C[0]),
+                SlotKind.ITEM: torch.from_numpy(item_C),
+                SlotKind.WARM: torch.from_numpy(semantic_D),
+            },
+        )
+        for branch, item_C, semantic_D in zip(group.pack.branches, group.item_KC, group.semantic_KD, strict=True)
+    ]

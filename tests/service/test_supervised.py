@@ -1,6 +1,7 @@
 """The supervised engine with a real worker process in which everything goes wrong in turn."""
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -14,18 +15,22 @@ from models.segments import Segment
 from service.engines.lifecycle import Supervision
 from service.engines.process import WorkerProcess
 from service.engines.protocol import (
+    BundlePlace,
     DistilJob,
     EngineBrokenError,
     EngineState,
     EngineUnavailableError,
     JobDroppedError,
     JobFailedError,
+    ScoreJob,
 )
 from service.engines.supervised import SupervisedEngine
+from tests.service.queueing import group
 from tests.service.worker_models import ANSWER, DIE, FAIL, HANG, SLEEP, ObedientSource
 
 pytestmark = pytest.mark.anyio
 
+NUMBERS = itertools.count(1000)
 LIMITS = Supervision(forward_limit_s=2.0, load_limit_s=60.0, first_backoff_s=0.05)
 
 
@@ -109,6 +114,27 @@ async def test_a_worker_answers_drops_dies_hangs_and_comes_back(engine: Supervis
     assert hung is not None and not alive(hung)
 
 
+async def test_a_bundle_is_attached_refused_detached_and_kept_over_a_restart(engine: SupervisedEngine) -> None:
+    async def has(bundle_id: str) -> bool:
+        [outcome] = await engine.score([ScoreJob(next(NUMBERS), time.monotonic() + 60, group(), bundle_id)])
+        assert not isinstance(outcome, Exception)
+        return bool(outcome[0])
+
+    for name in ("one", "two"):
+        await engine.attach(BundlePlace(Path(name), name))
+    with pytest.raises(EngineBrokenError, match="told to refuse"):
+        await engine.attach(BundlePlace(Path("broken"), "three"))
+    assert [await has(name) for name in ("one", "two", "three")] == [True, True, False]
+    engine.detach("one")
+    assert [await has(name) for name in ("one", "two")] == [False, True]
+    with pytest.raises(EngineUnavailableError):
+        await engine.distil([job(next(NUMBERS), DIE)])
+    with pytest.raises(EngineUnavailableError):
+        await engine.attach(BundlePlace(Path("four"), "four"))
+    await until_ready(engine)
+    assert [await has(name) for name in ("one", "two", "three", "four")] == [False, True, False, False]
+
+
 async def test_a_model_that_cannot_load_is_told_once_and_not_tried_again() -> None:
     engine = SupervisedEngine(ObedientSource(error="backbone\nis missing"), LIMITS, structlog.get_logger())
     await engine.start()
@@ -131,10 +157,10 @@ async def test_closing_while_the_worker_starts_leaves_nothing() -> None:
 async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     start, refusals = WorkerProcess.start, [OSError(11, "no process to be had")]
 
-    async def sometimes(source: ObedientSource) -> WorkerProcess:
+    async def sometimes(source: ObedientSource, *, gently: bool) -> WorkerProcess:
         if refusals:
             raise refusals.pop()
-        return await start(source)
+        return await start(source, gently=gently)
 
     monkeypatch.setattr(WorkerProcess, "start", sometimes)
     engine = SupervisedEngine(ObedientSource(), LIMITS, structlog.get_logger())

@@ -22,7 +22,7 @@ from service.engines.choice import core_config, open_engine
 from service.engines.lifecycle import Supervision
 from service.engines.merged import MergedSource
 from service.engines.packed import PackedModel, PackedSource
-from service.engines.protocol import EngineBrokenError, EngineState, EngineUnavailableError
+from service.engines.protocol import BundlePlace, EngineBrokenError, EngineState, EngineUnavailableError
 from service.engines.supervised import SupervisedEngine
 from service.engines.vllm import VllmEngine
 from service.engines.vllm_prompts import MixedPrompt, PromptWriter
@@ -121,7 +121,9 @@ def test_the_longest_prompt_that_the_template_allows_fits(bundle: Bundle, assemb
 
 
 def test_merged_weights_are_saved_whole_and_once(bundle: Bundle, model: ScoringModel, tmp_path: Path) -> None:
-    source = MergedSource(PackedSource(bundle.folder, bundle.id, "cpu", 1, 1024, 0), tmp_path / "deep" / "weights")
+    source = MergedSource(
+        PackedSource((BundlePlace(bundle.folder, bundle.id),), "cpu", 1, 1024, 0), tmp_path / "deep" / "weights"
+    )
     assert isinstance(source.open(), PackedModel)
     saved = {path.name: path.stat().st_mtime_ns for path in source.weights.iterdir()}
     assert "config.json" in saved and "model.safetensors" in saved
@@ -158,7 +160,9 @@ async def test_what_cannot_load_is_told_once(
     distiller = SupervisedEngine(ObedientSource(error=error), supervision, structlog.get_logger())
     config = core_config(Settings(bundle=bundle.folder), bundle, assembler.template)
     writer = PromptWriter(projections, torch.float32, "weights")
-    engine = VllmEngine(config, writer, distiller, group, supervision, structlog.get_logger())
+    engine = VllmEngine(
+        config, {"": writer}, lambda _: writer, distiller, writer.write(group), supervision, structlog.get_logger()
+    )
     with pytest.raises(EngineUnavailableError, match="starting"):
         await engine.score([])
     await engine.start()

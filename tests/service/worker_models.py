@@ -3,14 +3,14 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from models.features import Floats
 from models.packs import ScoringGroup
 from models.segments import Segment
-from service.engines.protocol import EngineUsage, JobFailedError
+from service.engines.protocol import BundlePlace, EngineUsage, JobFailedError
 
 ANSWER, SLEEP, DIE, HANG, FAIL = range(5)
 
@@ -20,23 +20,45 @@ class ObedientSource:
     """Opens an `ObedientModel`; with `error`, does not."""
 
     error: str = ""
+    places: tuple[BundlePlace, ...] = ()
 
-    def open(self) -> "ObedientModel":
+    def with_place(self, place: BundlePlace) -> "ObedientSource":
+        return replace(self, places=(*self.without(place.bundle_id).places, place))
+
+    def without(self, bundle_id: str) -> "ObedientSource":
+        return replace(self, places=tuple(one for one in self.places if one.bundle_id != bundle_id))
+
+    def open(self, *, gently: bool = False) -> "ObedientModel":
         if self.error:
             raise ValueError(self.error)
-        return ObedientModel()
+        return ObedientModel([place.bundle_id for place in self.places])
 
 
 class ObedientModel:
     """Distils to its process id and the number of jobs it has computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, bundle_ids: Sequence[str] = ()) -> None:
         self._computed = 0
+        self._attached = set(bundle_ids)
+
+    def begin(self) -> None: ...
+
+    def attach(self, place: BundlePlace) -> None:
+        if place.folder.name == "broken":
+            raise ValueError("told to refuse")
+        self._attached.add(place.bundle_id)
+
+    def detach(self, bundle_id: str) -> None:
+        self._attached.discard(bundle_id)
 
     def warm_up(self) -> None: ...
 
-    def score(self, groups: Sequence[ScoringGroup]) -> list[Floats | JobFailedError]:
-        return [np.zeros(len(group.pack.branches), np.float32) for group in groups]
+    def score(self, groups: Sequence[ScoringGroup], bundle_ids: Sequence[str]) -> list[Floats | JobFailedError]:
+        """1 where the bundle is attached, else 0."""
+        return [
+            np.full(len(group.pack.branches), one in self._attached, np.float32)
+            for group, one in zip(groups, bundle_ids, strict=True)
+        ]
 
     def distil(self, jobs: Sequence[Sequence[Segment]]) -> list[Floats | JobFailedError]:
         return [self._obey(job[0].token_ids[0]) for job in jobs]

@@ -33,7 +33,7 @@ async def rank(client: httpx.AsyncClient, user_id: str, **fields: Any) -> dict[s
 
 def in_prompt(service: Collaborators, item_id: str) -> bool:
     """Whether an item's title stood before the candidates in the last batch."""
-    handle = service.current.handle
+    handle = service.bundles.current
     assert isinstance(handle.engine, EchoEngine)
     [job] = handle.engine.batches[-1]
     assert isinstance(job, ScoreJob)

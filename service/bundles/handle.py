@@ -1,0 +1,96 @@
+"""Bundle handles: all that scoring with one bundle needs, held by each request from its start to its end."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from models.assembly import Assembler
+from models.features import Tables
+from models.loading import Bundle, Calibration
+from service.batcher import Batcher
+from service.engines.protocol import Engine
+from service.features.choice import Stores, open_store
+from service.features.protocol import FeatureStore
+
+
+@dataclass(frozen=True, eq=False)
+class BundleParts:
+    """What is read of a bundle on the server's side."""
+
+    bundle: Bundle
+    tables: Tables
+    assembler: Assembler
+    calibration: Calibration
+
+
+@dataclass(frozen=True, eq=False)
+class BundleHandle:
+    """One bundle, opened: who holds it may use every part until letting go.
+
+    Engine and batcher may be shared with other bundles of the same merged weights.
+    """
+
+    bundle: Bundle
+    bundle_id: str
+    tables: Tables
+    store: FeatureStore
+    assembler: Assembler
+    calibration: Calibration
+    engine: Engine
+    batcher: Batcher
+
+
+class Seat:
+    """A handle, and how many requests hold it."""
+
+    def __init__(self, handle: BundleHandle) -> None:
+        self.handle = handle
+        self._holders = 0
+        self._free = asyncio.Event()
+        self._free.set()
+
+    @property
+    def holders(self) -> int:
+        """How many requests hold the handle."""
+        return self._holders
+
+    @contextmanager
+    def held(self) -> Iterator[BundleHandle]:
+        """Hold the handle for one request; it is not freed before the request lets go."""
+        self._holders += 1
+        self._free.clear()
+        try:
+            yield self.handle
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._free.set()
+
+    async def free(self) -> None:
+        """Return when nobody holds it."""
+        await self._free.wait()
+
+
+def open_parts(bundle: Bundle) -> BundleParts:
+    """Open a verified bundle's tables and tokenizer.
+
+    Raises:
+        BundleError, TokenizerError: the bundle cannot be served.
+    """
+    tables = bundle.tables()
+    return BundleParts(bundle, tables, bundle.assembler(bundle.encoder(), tables), bundle.calibration())
+
+
+def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stores) -> BundleHandle:
+    """Join what was read with what computes."""
+    return BundleHandle(
+        bundle=parts.bundle,
+        bundle_id=parts.bundle.id,
+        tables=parts.tables,
+        store=open_store(parts.bundle.id, parts.tables, stores),
+        assembler=parts.assembler,
+        calibration=parts.calibration,
+        engine=engine,
+        batcher=batcher,
+    )
