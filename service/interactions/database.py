@@ -146,7 +146,11 @@ def open_to_read(path: Path) -> sqlite3.Connection:
     except (sqlite3.DatabaseError, LogFileError) as error:
         if connection is not None:
             connection.close()
-        raise error if isinstance(error, LogFileError) else _damaged(path, str(error)) from error
+        if isinstance(error, LogFileError):
+            raise
+        if isinstance(error, sqlite3.OperationalError):
+            raise LogFileError(f"{path}: {error}; its folder must be readable and writable") from error
+        raise _damaged(path, str(error)) from error
     return connection
 
 

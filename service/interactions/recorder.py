@@ -149,10 +149,11 @@ def open_recorder(
     metrics: Metrics,
     events: structlog.stdlib.BoundLogger,
     shared: SharedInteractions | None = None,
+    on_outcome: OnOutcome = _unheard,
     clock: Clock | None = None,
 ) -> Recorder:
     """Return the recorder that the settings describe; its log is opened when it is started."""
     clock = clock or Clock()
     limits = LogLimits(settings.attribution_s, settings.retention_days * DAY_S)
     log = EventLog(settings.interactions_file, limits, clock, metrics.interactions)
-    return Recorder(log, clock, limits, metrics, events, shared)
+    return Recorder(log, clock, limits, metrics, events, shared, on_outcome)

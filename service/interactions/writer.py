@@ -106,7 +106,7 @@ class Writer:
             outcomes = self._transaction(self._open(), jobs)
         except LogUnavailableError as error:
             outcomes = [error] * len(jobs)
-        except (LogFileError, sqlite3.Error, OSError) as error:
+        except Exception as error:  # whatever it is, who waits must hear of it, and the thread must live
             detail = str(error) if isinstance(error, LogFileError) else f"{self._path}: {error}"
             self.health = LogHealth(False, detail)
             if not self._undone(error):

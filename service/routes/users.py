@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from models.ids import IdError, canonical_id
-from service.answers import DeletedResponse
+from service.answers import DeletedResponse, ErrorResponse
 from service.collaborators import collaborators_of
 from service.errors import RequestError
 from service.routes.scored import ERRORS
@@ -16,6 +16,7 @@ router = APIRouter(tags=["admin"])
     response_model=DeletedResponse,
     responses={
         **{status: ERRORS[status] for status in (401, 403, 422, 429)},
+        404: {"model": ErrorResponse, "description": "The path names no user, or one with a line break."},
         503: {**ERRORS[503], "description": "The log cannot be written; the user is not deleted."},
     },
 )

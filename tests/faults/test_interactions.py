@@ -27,7 +27,6 @@ def start(bundle: Bundle, tmp_path: Path) -> Iterator[Start]:
     def begin() -> Server:
         server = Server(bundle.folder, SELLA_INTERACTIONS=str(tmp_path / "log.sqlite"))
         servers.append(server)
-        wait_for(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
         return server
 
     yield begin
@@ -43,8 +42,12 @@ def post(client: httpx.Client, *events: dict[str, Any]) -> httpx.Response:
     return client.post("/interactions", json={"interactions": list(events)})
 
 
+def wait_for_model(server: Server) -> None:
+    wait_for(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200)
+
+
 def ready(server: Server) -> bool:
-    return bool(httpx.get(f"{server.url}/readyz").json()["interactions"]["ready"])
+    return bool(httpx.get(f"{server.url}/readyz", timeout=60).json()["interactions"]["ready"])
 
 
 def test_no_acknowledged_interaction_is_lost_or_doubled_by_kill_9(start: Start, tmp_path: Path) -> None:
@@ -78,6 +81,7 @@ def test_no_acknowledged_interaction_is_lost_or_doubled_by_kill_9(start: Start, 
         everything = [one for batch in sent for one in batch]
         for first in range(0, len(everything), 500):
             assert post(client, *everything[first : first + 500]).status_code == 200
+        wait_for_model(again)
         answer = client.post("/rank", json={"user_id": "user0", "candidates": ["i1"]}).json()
     assert answer["history"]["source"] == "live"
     connection = open_to_read(tmp_path / "log.sqlite")
@@ -89,6 +93,7 @@ def test_no_acknowledged_interaction_is_lost_or_doubled_by_kill_9(start: Start, 
 
 def test_a_full_disk_is_a_503_scores_go_on_and_it_recovers(start: Start, tmp_path: Path) -> None:
     server = start()
+    wait_for_model(server)
     pid = server.process.pid
     acknowledged = 0
     with server.client() as client:
@@ -125,6 +130,7 @@ def test_a_second_server_scores_without_the_log_and_takes_it_over(start: Start) 
     with first.client() as one, second.client() as other:
         assert post(one, e1).status_code == 200
         assert post(other, e2).status_code == 503
+        wait_for_model(second)
         assert other.post("/rank", json={"user_id": "new", "candidates": ["i1"]}).status_code == 200
         first.process.kill()
         wait_for(lambda: ready(second), 30)

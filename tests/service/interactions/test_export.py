@@ -51,6 +51,14 @@ async def test_a_bundle_trained_on_an_export_doubles_no_like(log: EventLog, path
     assert both.features == stored and both.likes == 0
 
 
+async def test_a_log_that_nobody_writes_is_exported_too(log: EventLog, path: Path, tmp_path: Path) -> None:
+    await log.append([event("a")])
+    await log.close()
+    assert [one.name for one in sorted(tmp_path.iterdir())] == [path.name, path.name + ".lock"]
+    assert export_log(path, tmp_path / "out") == (1, 0)
+    assert not (tmp_path / "out" / "deleted_users.parquet").exists()
+
+
 def test_what_is_no_log_is_one_clear_line(tmp_path: Path) -> None:
     for argument in (tmp_path / "missing.sqlite", tmp_path):
         result = CliRunner().invoke(app, ["export", "--interactions", str(argument), "--out", str(tmp_path / "out")])

@@ -100,6 +100,15 @@ async def test_batches_are_idempotent_and_conflicts_name_their_place(
     assert "sella_log_entries 3.0" in text and "sella_log_up 1.0" in text
 
 
+async def test_each_impression_is_told_once(client: httpx.AsyncClient, recording: Collaborators) -> None:
+    heard: list[tuple[str, bool]] = []
+    recording.interactions.on_outcome = lambda one, positive: heard.append((one.event_id, positive))
+    shown, disliked = told("e1", label=None), told("e2", label=False)
+    for event in (shown, {**shown, "label": True}, {**shown, "label": True}, disliked, told("e3", item_id="i8")):
+        await post(client, event)
+    assert heard == [("e1", True), ("e2", False), ("e3", True)]
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
