@@ -14,6 +14,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from service.collaborators import collaborators_of
 from service.errors import RETRY_SOON_S, BodyTimeoutError, BodyTooLargeError, MediaTypeError, error_response
@@ -43,6 +44,10 @@ class Intake:
             return
         request_id = _request_id(Headers(scope=scope))
         scope.setdefault("state", {})["request_id"] = request_id
+        with bound_contextvars(request_id=request_id):  # every record says which request it belongs to
+            await self._pass_on(scope, receive, send, request_id)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         started = time.monotonic()
         status = 0
 
