@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,15 +57,16 @@ class ItemCache:
         self._metrics.cache_asked(len(item_ids) - len(missing), len(missing))
         return found, missing
 
-    def put(self, bundle_id: str, item_id: str, item: ItemFeatures | None) -> None:
-        """Keep an item, or for a few seconds that there is none."""
-        self._drop((bundle_id, item_id))
-        until = self._clock() + ABSENT_S if item is None else float("inf")
-        entry = _Entry(item, _OVERHEAD_BYTES + (0 if item is None else _bytes(item)), until)
-        if entry.size > self._max_bytes:
+    def put(self, bundle_id: str, items: Mapping[str, ItemFeatures | None]) -> None:
+        """Keep items, or for a few seconds that there are none of these ids."""
+        if not self._max_bytes:
             return
-        self._entries[bundle_id, item_id] = entry
-        self._size += entry.size
+        absent_until = self._clock() + ABSENT_S
+        for item_id, item in items.items():
+            self._drop((bundle_id, item_id))
+            size = _OVERHEAD_BYTES + (0 if item is None else _bytes(item))
+            self._entries[bundle_id, item_id] = _Entry(item, size, absent_until if item is None else float("inf"))
+            self._size += size
         while self._size > self._max_bytes:
             self._size -= self._entries.popitem(last=False)[1].size
         self._metrics.cache_holds(self._size)

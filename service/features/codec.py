@@ -3,7 +3,7 @@
 An item's record begins with what a history needs of it, so that a look-up can take that part alone:
 
     version u8 | flags u8 | 0 u16 | bytes of the title u32 | crc of the beginning u32 | crc of the whole u32
-    fold_C | title                                                     the beginning ends here
+    title | fold_C                                                     the beginning ends here
     collab_C | semantic_D
 
 A user's:
@@ -30,10 +30,12 @@ HEADER_BYTES = 16
 
 PrecisionName = Literal["float32", "bfloat16", "float16"]
 
-_ITEM = struct.Struct("<BBHIII")
-_USER = struct.Struct("<BBHIII")
+_ITEM = struct.Struct("<BBHI")
+_USER = struct.Struct("<BBHII")
+_CRC = struct.Struct("<I")
 _LENGTH = struct.Struct("<H")
 _TRAINED = 1
+_FLOAT32, _FLOAT16, _HALVES = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u2")
 
 
 class RecordError(ValueError):
@@ -78,11 +80,12 @@ class Precision(Enum):
     def decode(self, data: bytes, offset: int, count: int) -> Floats:
         """Return `count` numbers from `offset` on."""
         if self is Precision.FLOAT32:
-            return np.frombuffer(data, "<f4", count, offset)
+            return np.frombuffer(data, _FLOAT32, count, offset)
         if self is Precision.FLOAT16:
-            return np.frombuffer(data, "<f2", count, offset).astype(np.float32)
-        halves = np.frombuffer(data, "<u2", count, offset)
-        return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return np.frombuffer(data, _FLOAT16, count, offset).astype(np.float32)
+        bits = np.frombuffer(data, _HALVES, count, offset).astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
 
 
 _PRECISIONS = {one.value: one for one in Precision}
@@ -111,11 +114,11 @@ class Codec:
             RecordError: its numbers do not fit the precision.
         """
         title = item.title.encode()
-        beginning = precision.encode(item.fold_C) + title
-        rest = precision.encode(item.collab_C) + precision.encode(item.semantic_D)
-        flags = precision.value << 1 | item.trained
-        first_crc = crc32(beginning, _salt(item.item_id, flags, len(title)))
-        return _ITEM.pack(RECORD_VERSION, flags, 0, len(title), first_crc, crc32(rest, first_crc)) + beginning + rest
+        beginning = title + precision.encode(item.fold_C)
+        body = beginning + precision.encode(item.collab_C) + precision.encode(item.semantic_D)
+        head = _ITEM.pack(RECORD_VERSION, precision.value << 1 | item.trained, 0, len(title))
+        head += _CRC.pack(_crc(item.item_id, head, beginning))
+        return head + _CRC.pack(_crc(item.item_id, head, body)) + body
 
     def decode_item(self, item_id: str, record: bytes) -> ItemFeatures:
         """Return the item of a record.
@@ -123,21 +126,20 @@ class Codec:
         Raises:
             RecordError: it is no record of this item.
         """
-        part, flags, end = self._beginning(item_id, record)
-        precision = _PRECISIONS[flags >> 1]
-        if len(record) != end + precision.width * (self.d_collab + self.d_model):
-            raise RecordError(f"the record of item {item_id[:40]!r} has {len(record)} bytes; publish the bundle again")
-        first_crc, whole_crc = _ITEM.unpack_from(record)[4:]
-        if crc32(memoryview(record)[end:], first_crc) != whole_crc:
-            raise RecordError(f"the record of item {item_id[:40]!r} is damaged; publish the bundle again")
-        vectors = precision.decode(record, end, self.d_collab + self.d_model)
+        flags, precision, end = _item_head(item_id, record)
+        numbers = 2 * self.d_collab + self.d_model
+        if len(record) != end + precision.width * numbers:
+            raise _wrong("item", item_id, f"has {len(record)} bytes")
+        if _crc(item_id, record[:12], memoryview(record)[HEADER_BYTES:]) != _CRC.unpack_from(record, 12)[0]:
+            raise _wrong("item", item_id, "is damaged")
+        vectors = precision.decode(record, end, numbers)
         return ItemFeatures(
             item_id,
-            part.title,
+            record[HEADER_BYTES:end].decode(),
+            vectors[self.d_collab : 2 * self.d_collab],
             vectors[: self.d_collab],
-            part.fold_C,
-            vectors[self.d_collab :],
-            trained=bool(flags & _TRAINED),
+            vectors[2 * self.d_collab :],
+            (flags & _TRAINED) == _TRAINED,
         )
 
     def decode_history_part(self, item_id: str, beginning: bytes) -> HistoryPart:
@@ -146,22 +148,14 @@ class Codec:
         Raises:
             RecordError: it is no record of this item.
         """
-        return self._beginning(item_id, beginning)[0]
-
-    def _beginning(self, item_id: str, record: bytes) -> tuple[HistoryPart, int, int]:
-        """Return the history part, the flags, and where the beginning ends."""
-        if len(record) < HEADER_BYTES:
-            raise RecordError(f"the record of item {item_id[:40]!r} has {len(record)} bytes; publish the bundle again")
-        version, flags, zero, title_bytes, crc, _ = _ITEM.unpack_from(record)
-        precision = _check_head("item", item_id, version, flags)
-        title_at = HEADER_BYTES + precision.width * self.d_collab
-        end = title_at + title_bytes
-        if zero or len(record) < end:
-            raise RecordError(f"the record of item {item_id[:40]!r} is cut short; publish the bundle again")
-        if crc32(memoryview(record)[HEADER_BYTES:end], _salt(item_id, flags, title_bytes)) != crc:
-            raise RecordError(f"the record of item {item_id[:40]!r} is damaged; publish the bundle again")
-        fold_C = precision.decode(record, HEADER_BYTES, self.d_collab)
-        return HistoryPart(item_id, record[title_at:end].decode(), fold_C), flags, end
+        _, precision, title_end = _item_head(item_id, beginning)
+        end = title_end + precision.width * self.d_collab
+        if len(beginning) < end:
+            raise _wrong("item", item_id, "is cut short")
+        if _crc(item_id, beginning[:8], memoryview(beginning)[HEADER_BYTES:end]) != _CRC.unpack_from(beginning, 8)[0]:
+            raise _wrong("item", item_id, "is damaged")
+        fold_C = precision.decode(beginning, title_end, self.d_collab)
+        return HistoryPart(item_id, beginning[HEADER_BYTES:title_end].decode(), fold_C)
 
     def encode_user(self, user: UserFeatures, precision: Precision) -> bytes:
         """Return a user's record.
@@ -177,8 +171,8 @@ class Codec:
         ids = b"".join(_LENGTH.pack(len(one)) + one for one in likes)
         body = vector + times + ids
         flags = precision.value << 1 | (user.vector_C is not None)
-        crc = crc32(body, _salt(user.user_id, flags, len(likes), user.history_total, len(ids)))
-        return _USER.pack(RECORD_VERSION, flags, len(likes), user.history_total, len(ids), crc) + body
+        head = _USER.pack(RECORD_VERSION, flags, len(likes), user.history_total, len(ids))
+        return head + _CRC.pack(_crc(user.user_id, head, body)) + body
 
     def decode_user(self, user_id: str, record: bytes) -> UserFeatures:
         """Return the user of a record.
@@ -187,15 +181,15 @@ class Codec:
             RecordError: it is no record of this user.
         """
         if len(record) < HEADER_BYTES:
-            raise RecordError(f"the record of user {user_id[:40]!r} has {len(record)} bytes; publish the bundle again")
-        version, flags, count, total, ids_bytes, crc = _USER.unpack_from(record)
-        precision = _check_head("user", user_id, version, flags)
+            raise _wrong("user", user_id, f"has {len(record)} bytes")
+        version, flags, count, total, ids_bytes = _USER.unpack_from(record)
+        precision = _precision("user", user_id, version, flags)
         times_at = HEADER_BYTES + (precision.width * self.d_collab if flags & _TRAINED else 0)
         ids_at = times_at + 8 * count
         if len(record) != ids_at + ids_bytes:
-            raise RecordError(f"the record of user {user_id[:40]!r} has {len(record)} bytes; publish the bundle again")
-        if crc32(memoryview(record)[HEADER_BYTES:], _salt(user_id, flags, count, total, ids_bytes)) != crc:
-            raise RecordError(f"the record of user {user_id[:40]!r} is damaged; publish the bundle again")
+            raise _wrong("user", user_id, f"has {len(record)} bytes")
+        if _crc(user_id, record[:12], memoryview(record)[HEADER_BYTES:]) != _CRC.unpack_from(record, 12)[0]:
+            raise _wrong("user", user_id, "is damaged")
         return UserFeatures(
             user_id,
             precision.decode(record, HEADER_BYTES, self.d_collab) if flags & _TRAINED else None,
@@ -214,16 +208,29 @@ def _ids(record: bytes, at: int, count: int) -> tuple[str, ...]:
     return tuple(ids)
 
 
-def _check_head(kind: str, one_id: str, version: int, flags: int) -> Precision:
+def _item_head(item_id: str, record: bytes) -> tuple[int, Precision, int]:
+    """Return an item's flags and precision, and where its title ends."""
+    if len(record) < HEADER_BYTES:
+        raise _wrong("item", item_id, f"has {len(record)} bytes")
+    version, flags, zero, title_bytes = _ITEM.unpack_from(record)
+    if zero:
+        raise _wrong("item", item_id, "is damaged")
+    return flags, _precision("item", item_id, version, flags), HEADER_BYTES + title_bytes
+
+
+def _precision(kind: str, one_id: str, version: int, flags: int) -> Precision:
     precision = _PRECISIONS.get(flags >> 1)
     if version != RECORD_VERSION or precision is None:
-        raise RecordError(
-            f"the record of {kind} {one_id[:40]!r} has version {version} and flags {flags}; this release reads version"
-            f" {RECORD_VERSION}: publish the bundle again"
+        raise _wrong(
+            kind, one_id, f"has version {version} and flags {flags}, and this release reads version {RECORD_VERSION}"
         )
     return precision
 
 
-def _salt(one_id: str, *numbers: int) -> int:
-    """Return what a record's checksum starts with: the id and the header, so that neither can be another's."""
-    return crc32(repr((RECORD_VERSION, one_id, *numbers)).encode())
+def _wrong(kind: str, one_id: str, what: str) -> RecordError:
+    return RecordError(f"the record of {kind} {one_id[:40]!r} {what}; publish the bundle again")
+
+
+def _crc(one_id: str, head: bytes, body: bytes | memoryview) -> int:
+    """Return the checksum of a record or its beginning; `head` is all of the header before it."""
+    return crc32(body, crc32(head + one_id.encode()))

@@ -109,11 +109,12 @@ class RedisStore:
             told, records = await self._ask(user_ids, query.histories_of, missing)
             if told[0] != 1:
                 raise LookUpError("bundle_missing", f"Redis does not hold the whole of bundle {bundle_id[:12]}")
-            for item_id, record in zip(missing, records, strict=True):
-                item = None if record is None else self._codec.decode_item(item_id, record)
-                self._cache.put(bundle_id, item_id, item)
-                if item is not None:
-                    items[item_id] = item
+            asked = {
+                one: None if record is None else self._codec.decode_item(one, record)
+                for one, record in zip(missing, records, strict=True)
+            }
+            self._cache.put(bundle_id, asked)
+            items.update((one, item) for one, item in asked.items() if item is not None)
             users, live = self._users(user_ids, query.histories_of, told[1])
             return Features(users, items, live, self._history_items(told[2]))
         except RedisTimeoutError as error:
@@ -146,7 +147,8 @@ class RedisStore:
                 *(self._bundle_id, self._codec.d_collab, *asked),
             )
             if item_ids:
-                pipe.mget([keys.items + one for one in item_ids])
+                prefix = keys.items.encode()
+                pipe.mget([prefix + one.encode() for one in item_ids])
             told, *rest = await pipe.execute()
         return told, rest[0] if rest else []
 
