@@ -71,9 +71,13 @@ class LoadedModels:
         model = self._models.get(sharing_key(self._settings, parts.bundle, parts.assembler))
         if model is None:
             return await self._load(parts)
-        if not model.leases[parts.bundle.id]:
-            await model.engine.attach(BundlePlace(parts.bundle.folder, parts.bundle.id))
-        model.leases[parts.bundle.id] += 1
+        model.leases[parts.bundle.id] += 1  # before it is attached: others may give the model back meanwhile
+        if model.leases[parts.bundle.id] == 1:
+            try:
+                await model.engine.attach(BundlePlace(parts.bundle.folder, parts.bundle.id))
+            except BaseException:
+                await self.give_back(parts.bundle.id, model.engine)
+                raise
         return model
 
     async def give_back(self, bundle_id: str, engine: Engine) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from service.answers import ErrorResponse, Skipped
 from service.batcher import DeadlineExceededError
+from service.bundles.shadow import sample
 from service.collaborators import Collaborators, collaborators_of
 from service.engines.protocol import EngineUnavailableError
 from service.errors import ClientGoneError
@@ -101,7 +102,9 @@ async def score_for(
         scored = Scored(answers, skipped, request.state.request_id, handle.bundle_id, timings.finish())
         _record(service, request, questions, scored)
         live = service.interactions.live
-        service.shadow.offer(answers, lambda shadow, until: score(questions, shadow, "skip", until, Timings(), live))
+        service.shadow.offer(
+            answers, lambda shadow, until: score(sample(questions), shadow, "skip", until, Timings(), live)
+        )
         return scored
 
 
