@@ -26,9 +26,10 @@ from service.interactions.live import MAX_LIKES
 from service.interactions.shared import SharedStoreError
 
 # KEYS: applied, deletions, bundles. ARGV: log id, last seq, likes kept, seconds that things are kept, digits of a
-# bundle id in a key, four prefixes (likes, user counts, item counts, impressions), then seven an entry: kind, event,
-# user, item, label (empty, 0 or 1), time, impression. An impression's state is p, n or y and the time of the latest
-# entry about it; behind a space stand time and event of its like, if it has one.
+# bundle id in a key, four prefixes (likes, user counts, item counts, impressions), the last seq that must be applied
+# already (empty: any), then seven an entry: kind, event, user, item, label (empty, 0 or 1), time, impression. An
+# impression's state is p, n or y and the time of the latest entry about it; behind a space stand time and event of its
+# like, if it has one.
 _APPLY = """
 local kept, retention, digits = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local likes, user_counts, item_counts, impressions = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
@@ -91,7 +92,10 @@ local function advance(kind, event, user, item, label, moment, impression)
   end
 end
 
-for place = 10, #ARGV, 7 do
+if ARGV[10] ~= '' and (redis.call('HGET', KEYS[1], ARGV[1]) or '0') ~= ARGV[10] then
+  return redis.error_reply('ELSEWHERE the log has been applied to another place since')
+end
+for place = 11, #ARGV, 7 do
   local kind = ARGV[place]
   if kind == 'deletion' then forget(ARGV[place + 2], ARGV[place + 5])
   else advance(kind, unpack(ARGV, place + 1, place + 6)) end
@@ -131,19 +135,20 @@ class RedisInteractions:
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not tell what it has of the log: {error}") from error
 
-    async def apply(self, log_id: str, entries: Sequence[LogEntry]) -> None:
+    async def apply(self, log_id: str, entries: Sequence[LogEntry], after: int | None = None) -> None:
         """Apply entries in one script, which runs whole or not at all.
 
         Raises:
-            SharedStoreError: Redis does not answer, or refuses.
+            SharedStoreError: Redis does not answer, or refuses, or `after` is given and not what was applied last.
         """
         if not entries:
             return
         numbers = (entries[-1].seq, MAX_LIKES, self._retention_s, BUNDLE_DIGITS)
         prefixes = (LIKES, USER_COUNTS, ITEM_COUNTS, IMPRESSION)
+        expected = "" if after is None else str(after)
         arguments = [part for entry in entries for part in _fields(entry)]
         try:
-            await self._script([APPLIED, DELETED, BUNDLES], [log_id, *numbers, *prefixes, *arguments])
+            await self._script([APPLIED, DELETED, BUNDLES], [log_id, *numbers, *prefixes, expected, *arguments])
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not take interactions: {error}") from error
 

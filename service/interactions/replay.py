@@ -80,12 +80,11 @@ class Replay:
         """Apply one batch; return whether nothing is left."""
         self._news.clear()
         position = self._log.position()
-        applied = await self._shared.applied(position.log_id)
-        if applied > position.seq:
-            applied = 0  # the log is older than the store: a backup was put back
+        told = await self._shared.applied(position.log_id)
+        applied = told if told <= position.seq else 0  # a backup of the log was put back: all of it once more
         entries = self._log.read(applied, BATCH)
         if entries:
-            await self._shared.apply(position.log_id, entries)
+            await self._shared.apply(position.log_id, entries, told)
             applied = entries[-1].seq
         done = len(entries) < BATCH
         self._advance(position.seq if done else applied, position.seq)

@@ -26,11 +26,14 @@ class SharedInteractions(Protocol):
         """
         ...
 
-    async def apply(self, log_id: str, entries: Sequence[LogEntry]) -> None:
+    async def apply(self, log_id: str, entries: Sequence[LogEntry], after: int | None = None) -> None:
         """Apply entries and remember the last one's `seq`, both or neither.
 
+        `after` is what `applied` has answered: a store that has lost everything since must not seem complete. None
+        applies to whatever is there.
+
         Raises:
-            SharedStoreError: it does not answer.
+            SharedStoreError: it does not answer, or `applied` would answer something else than `after` by now.
         """
         ...
 

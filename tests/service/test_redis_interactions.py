@@ -145,3 +145,12 @@ async def test_a_redis_that_refuses_takes_nothing_and_says_so(redis: RedisServer
             client.config_set("maxmemory", 0)
     assert await shared.applied("log") == 1
     assert (await shared.counts(["u1"], []))[0] == {"u1": SharedCounts(1, 1)}
+
+
+async def test_entries_for_another_place_are_refused_whole(shared: RedisInteractions) -> None:
+    await shared.apply("log", [entry(1, True)], 0)
+    for after in (0, 2):
+        with pytest.raises(SharedStoreError, match="another place"):
+            await shared.apply("log", [entry(2, True, position=1)], after)
+    await shared.apply("log", [entry(2, True, position=1)], 1)
+    assert (await shared.counts(["u1"], []))[0] == {"u1": SharedCounts(2, 2)}

@@ -13,6 +13,7 @@ class SharedMemory:
     def __init__(self) -> None:
         self.down = False
         self.delay_s = 0.0
+        self.loses_before_apply = False
         self.fails_after = -1  # applied, but the answer is lost, that many times from now
         self.lose_everything()
 
@@ -28,8 +29,13 @@ class SharedMemory:
         await self._answer()
         return self.markers.get(log_id, 0)
 
-    async def apply(self, log_id: str, entries: Sequence[LogEntry]) -> None:
+    async def apply(self, log_id: str, entries: Sequence[LogEntry], after: int | None = None) -> None:
         await self._answer()
+        if self.loses_before_apply:
+            self.loses_before_apply = False
+            self.lose_everything()
+        if after is not None and self.markers.get(log_id, 0) != after:
+            raise SharedStoreError("elsewhere")
         for entry in entries:
             self._apply(entry)
         self.markers[log_id] = entries[-1].seq

@@ -12,6 +12,9 @@ from service.interactions.export import export_log
 from service.interactions.histories import merged
 from service.interactions.log import EventLog
 from tests.service.interactions.conftest import LIMITS, NOW, FakeTime, event
+from training.data.dataset import load_dataset
+from training.data.history import build_histories
+from training.data.split import SplitRule
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +48,9 @@ async def test_a_bundle_trained_on_an_export_doubles_no_like(log: EventLog, path
     export_log(path, tmp_path)
     rows = pl.read_parquet(tmp_path / "interactions.parquet")
     stored = UserFeatures("u1", None, tuple(rows["item_id"]), tuple(rows["timestamp"]), rows.height)
+    (tmp_path / "items.csv").write_text("item_id,title\n" + "".join(f"i{number},T{number}\n" for number in range(8)))
+    histories = build_histories(load_dataset(tmp_path, split=SplitRule.parse("0.7,0.3"), require=()))
+    assert histories.times_of(0).tolist() == list(stored.history_times)
     live = (await log.live(["u1"]))["u1"]
     assert stored.history == tuple(like.item_id for like in live.likes)
     both = merged("u1", stored, live)

@@ -75,6 +75,17 @@ async def test_a_store_that_lost_everything_is_filled_from_the_beginning(
     assert (shared.counts, shared.likes) == before
 
 
+async def test_a_store_that_is_emptied_between_question_and_entries_is_filled_too(
+    log: EventLog, replay: Replay, shared: SharedMemory
+) -> None:
+    await replay.caught_up((await log.append([event("e1")])).seq, 20)
+    shared.loses_before_apply = True
+    await log.append([event("e2", item_id="i8")])
+    replay.wake()
+    await until(lambda: shared.markers.get(log.position().log_id) == 2 and not shared.loses_before_apply)
+    assert shared.applied_seqs == [1, 2]
+
+
 async def test_answers_that_are_lost_double_nothing(log: EventLog, replay: Replay, shared: SharedMemory) -> None:
     shared.fails_after = 3
     for number in range(4):

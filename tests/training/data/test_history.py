@@ -68,6 +68,16 @@ def test_ties_keep_file_order_and_a_split_follows_the_one_before_whatever_its_ti
     assert as_ids(data, histories, "valid") == [["C", "B", "A"], ["C", "B", "A"]]
 
 
+def test_times_stand_beside_the_likes_they_are_of_in_the_users_own_order() -> None:
+    data = dataset(
+        train=[("u", "B", 1, 9), ("v", "D", 1, 3), ("u", "C", 1, 5), ("u", "A", 0, 7)],
+        valid=[("u", "D", 1, 1)],
+    )
+    histories = build_histories(data)
+    assert [histories.times_of(code).tolist() for code in range(2)] == [[5.0, 9.0, 1.0], [3.0]]
+    assert [len(histories.positives_of(code)) for code in range(2)] == [3, 1]
+
+
 def test_repeats_and_the_candidate_itself_stay_in_the_history() -> None:
     data = dataset(train=[("u", "A", 1, 1), ("u", "A", 1, 2), ("u", "A", 0, 3)])
     assert as_ids(data, build_histories(data), "train") == [[], ["A"], ["A", "A"]]
