@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -14,6 +15,10 @@ from service.features.pointer import PointerWatch
 from service.intake import Intake
 from service.metrics.registry import build_version
 from service.routes import admin, health, interactions, rank, score, users
+from service.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from service.tracing import Traces
 
 DESCRIPTION = """Scores clicks with a language model that knows the users and items (SeLLa-Rec).
 
@@ -21,8 +26,26 @@ Send ids; titles only for items that are not in the catalogue. Every error has o
 mend it. Limits on lists, titles and bodies are settings of the server."""
 
 
+def open_traces(settings: Settings) -> "Traces | None":
+    """Return where the settings send traces, if anywhere. OpenTelemetry is imported only then.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    if settings.tracing is None:
+        return None
+    try:
+        from service.tracing import Traces
+    except ImportError as error:
+        raise SettingsError("SELLA_TRACING: OpenTelemetry is not installed; pip install 'sella[tracing]'") from error
+    return Traces.to(settings.tracing)
+
+
 def create_app(
-    service: Collaborators, on_broken: Callable[[str], None] = lambda _: None, access: Access | None = None
+    service: Collaborators,
+    on_broken: Callable[[str], None] = lambda _: None,
+    access: Access | None = None,
+    traces: "Traces | None" = None,
 ) -> FastAPI:
     """Return the application. It answers at once, and scores when its engine is ready.
 
@@ -50,6 +73,8 @@ def create_app(
         await service.changes.free()
         await service.interactions.close()
         await service.stores.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     app = FastAPI(
         title="sella",
@@ -67,6 +92,10 @@ def create_app(
     # The last one added is the first that a request meets.
     app.add_middleware(Gate, access=access, settings=service.settings, metrics=service.metrics, log=service.log)
     app.add_middleware(Intake, metrics=service.metrics, log=service.log)
+    if traces is not None:
+        from service.tracing import TraceRequests
+
+        app.add_middleware(TraceRequests, traces=traces)
     install_error_handlers(app, service.metrics, service.log)
     for routes in (score, rank, interactions, users, health, admin):
         app.include_router(routes.router)

@@ -5,7 +5,7 @@ import signal
 import socket
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, cast
 
 import structlog
 import typer
@@ -18,7 +18,7 @@ from models.tokens import TokenizerError
 from service.access.gate import Access
 from service.access.key_command import key
 from service.access.keys import KeyFileError
-from service.app import create_app
+from service.app import create_app, open_traces
 from service.bundles.change import BundleChanges
 from service.bundles.handle import handle_of, open_parts
 from service.bundles.loaded import LoadedModels
@@ -37,6 +37,9 @@ from service.metrics.registry import Metrics, build_version
 from service.quality.live import LiveQuality
 from service.quality.served import ServedScores
 from service.settings import DAY_S, Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from service.tracing import Traces
 
 CANNOT_SERVE = 2
 
@@ -73,6 +76,7 @@ def run(
         metrics = Metrics(settings.drift_window, settings.quality_window)
         quality = LiveQuality(ServedScores(settings.quality_scores, settings.quality_age_s), metrics.quality)
         access = Access.open(settings, log)
+        traces = open_traces(settings)
         # Verified before anything listens: a broken bundle is one line here, not a server that is never ready.
         opened = Bundle.open(settings.bundle)
         connections = Connections(settings, room_for_connections(settings, log), metrics.connections)
@@ -87,7 +91,7 @@ def run(
         f"sella {build_version()}: bundle {opened.id[:12]} ({sizes.users} users, {sizes.items} items) on {url} - "
         f"the model is loading; {url}/readyz says when it is ready, {url}/docs what to send"
     )
-    reason = _serve(collaborators, access, connections, listener)
+    reason = _serve(collaborators, access, connections, listener, traces)
     if reason:
         _give_up(reason)
 
@@ -134,7 +138,13 @@ def _listen(settings: Settings) -> socket.socket:
         raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
 
 
-def _serve(collaborators: Collaborators, access: Access, connections: Connections, listener: socket.socket) -> str:
+def _serve(
+    collaborators: Collaborators,
+    access: Access,
+    connections: Connections,
+    listener: socket.socket,
+    traces: "Traces | None",
+) -> str:
     """Serve until a signal; return why the model can never be served, or ""."""
     broken: list[str] = []
     log = collaborators.log
@@ -144,7 +154,7 @@ def _serve(collaborators: Collaborators, access: Access, connections: Connection
         server.should_exit = True
 
     config = uvicorn.Config(
-        create_app(collaborators, on_broken, access),
+        create_app(collaborators, on_broken, access, traces),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -31,12 +31,13 @@ async def nothing_live(user_ids: frozenset[str]) -> Mapping[str, LiveUser]:
 
 @dataclass
 class Timings:
-    """Seconds of each leg of one request."""
+    """Seconds of each leg of one request. `spans` are the legs' parts: name, beginning and end, monotonic seconds."""
 
     started: float = field(default_factory=time.monotonic)
     legs: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("lookup", "assemble", "queue", "forward"), 0.0)
     )
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
 
     @contextmanager
     def leg(self, name: str) -> Iterator[None]:
@@ -45,12 +46,14 @@ class Timings:
         try:
             yield
         finally:
-            self.legs[name] += time.monotonic() - started
+            self._add(name, started, time.monotonic())
 
     def add(self, waited: Waited) -> None:
-        """Add what one pass through the batcher took."""
-        self.legs["queue"] += waited.queue_s
-        self.legs["forward"] += waited.forward_s
+        """Add what one pass through the batcher took, which has just ended."""
+        ended = time.monotonic()
+        dispatched = ended - waited.forward_s
+        self._add("queue", dispatched - waited.queue_s, dispatched)
+        self._add("forward", dispatched, ended)
 
     @property
     def engine_worked(self) -> bool:
@@ -60,6 +63,10 @@ class Timings:
     def finish(self) -> dict[str, float]:
         """Return every leg and the total."""
         return {**self.legs, "total": time.monotonic() - self.started}
+
+    def _add(self, leg: str, began: float, ended: float) -> None:
+        self.legs[leg] += ended - began
+        self.spans.append((leg, began, ended))
 
 
 @dataclass(frozen=True, slots=True)

@@ -292,6 +292,12 @@ class Settings(BaseSettings):
         description="How long a connection may be idle between requests. Longer than the 60 s that proxies usually keep"
         " theirs, so that none sends on a connection that closes at that moment.",
     )
+    tracing: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]+(/\S*)?$",
+        description="Address that OpenTelemetry spans are sent to by OTLP over HTTP, as"
+        " http://collector:4318/v1/traces. Unset: none are made, and OpenTelemetry is not imported.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="info logs one line a scored request, without titles or user ids."
     )

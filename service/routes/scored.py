@@ -87,7 +87,7 @@ async def score_for(
     """
     service = collaborators_of(request)
     timeout_s = (timeout_ms or service.settings.default_timeout_ms) / 1000
-    timings = Timings()
+    timings = request.state.timings = Timings()
     with service.bundles.take(questions[0].user_id if questions else "") as handle:
         health = handle.engine.health()
         if not health.ready:

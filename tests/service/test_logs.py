@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,10 +42,11 @@ def configured(bundle: Bundle, **settings: object) -> structlog.stdlib.BoundLogg
 
 
 async def test_no_route_writes_a_user_or_a_title(
-    bundle: Bundle, echo: EchoEngine, written: Lines, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, echo: EchoEngine, written: Lines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     configured(bundle)
-    service = collaborators(bundle, echo)
+    service = collaborators(bundle, echo, interactions=tmp_path / "log.sqlite")
+    await service.interactions.start()
     new = {"item_id": "new", "title": TITLE}
     rank = {"user_id": USER, "candidates": ["i1", new], "history": [new]}
     score = {"pairs": [{"user_id": USER, "item_id": "new", "title": TITLE}]}
@@ -72,10 +74,11 @@ async def test_no_route_writes_a_user_or_a_title(
             except KeyError as error:
                 raise ValueError(f"no title {TITLE!r}") from error
 
-        monkeypatch.setattr(type(service.current.handle.store), "look_up", broken)
+        monkeypatch.setattr(type(service.bundles.current.store), "look_up", broken)
         failed = await client.post("/rank", json=rank)
         assert failed.status_code == 500
         assert not any(word in failed.text for word in WORDS)
+    await service.interactions.close()
     lines = written()
     found = [line for line in lines if any(word in json.dumps(line, ensure_ascii=False) for word in WORDS)]
     assert found == []
@@ -102,14 +105,14 @@ async def test_concurrent_requests_log_each_its_own_id(
 ) -> None:
     configured(bundle)
     service = collaborators(bundle, echo)
-    look_up = service.current.handle.store.look_up
+    look_up = service.bundles.current.store.look_up
 
     async def told(*arguments: Any) -> Any:
         await asyncio.sleep(0.01)
         logging.getLogger("some.library").warning("looked up")
         return await look_up(*arguments)
 
-    monkeypatch.setattr(service.current.handle.store, "look_up", told)
+    monkeypatch.setattr(service.bundles.current.store, "look_up", told)
     async with client_of(service) as client:
         body = {"user_id": "u1", "candidates": ["i1"]}
         calls = [client.post("/rank", json=body, headers={"x-request-id": f"r{number}"}) for number in range(5)]
