@@ -1,0 +1,71 @@
+"""The routes over Redis: the same scores as from the bundle's tables, and likes that servers share."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models.loading import Bundle
+from models.scoring_model import ScoringModel
+from service.engines.packed import PackedModel
+from tests.redis_server import RedisServer
+from tests.service.conftest import client_of, collaborators
+from tests.service.direct import DirectEngine
+from tests.service.published import publish
+
+pytestmark = pytest.mark.anyio
+
+ASKED = {"user_id": "u1", "candidates": ["i3", "i4", "i39", {"item_id": "new", "title": "Brand new"}]}
+
+
+@asynccontextmanager
+async def served(bundle: Bundle, model: ScoringModel, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
+    service = collaborators(bundle, DirectEngine(PackedModel(bundle, model, batch_tokens=1024)), **settings)
+    async with client_of(service) as client, AsyncExitStack() as stack:
+        await service.interactions.start()
+        stack.push_async_callback(service.stores.close)
+        stack.push_async_callback(service.current.handle.store.close)
+        stack.push_async_callback(service.interactions.close)
+        yield client
+
+
+async def ranked(client: httpx.AsyncClient, body: dict[str, Any] = ASKED) -> list[tuple[str, float, bool]]:
+    answer = await client.post("/rank", json=body)
+    assert answer.status_code == 200, answer.text
+    return [(one["item_id"], one["raw_score"], one["cold_item"]) for one in answer.json()["results"]]
+
+
+async def test_scores_from_redis_are_those_from_the_tables_to_the_bit(
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path
+) -> None:
+    publish(redis, bundle)
+    users = ("u0", "u1", "u18", "u19", "nobody")  # a long history, a usual one, cold ones, an unknown one
+    async with served(bundle, model, interactions=tmp_path / "a") as embedded:
+        expected = [await ranked(embedded, {**ASKED, "user_id": one}) for one in users]
+    async with served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "b") as client:
+        assert [await ranked(client, {**ASKED, "user_id": one}) for one in users] == expected
+        told = (await client.get("/metrics")).text
+        assert 'sella_store_lookup_seconds_count{source="redis"} 5.0' in told
+        assert "redis: 20 users" in (await client.get("/readyz")).json()["store"]["detail"]
+
+
+async def test_what_one_server_is_told_the_others_know(
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path
+) -> None:
+    publish(redis, bundle)
+    like = {"event_id": "e1", "user_id": "u1", "item_id": "i7", "label": True, "timestamp": time.time()}
+    async with (
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "a") as one,
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "b") as other,
+    ):
+        before = await ranked(other)
+        answer = await one.post("/interactions", json={"interactions": [like]})
+        assert answer.status_code == 200, answer.text
+        after = before
+        while after == before:  # a slow Redis is not waited for: it may take a moment
+            after = await ranked(other)
+        assert after == await ranked(one)
