@@ -6,6 +6,7 @@ history and candidates drawn anew, through the very code that the service runs.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
@@ -32,13 +33,14 @@ TIMEOUT_S = 10.0
 MACHINES_GIB = (256, 1024)
 USED = 0.8  # of a machine's memory that Redis may fill: buffers, fragmentation, and a fork that saves
 
-Run = Callable[[Coroutine[Any, Any, list[float]]], list[float]]
+Times = tuple[list[float], list[float]]  # seconds by the clock, seconds of this thread
+Run = Callable[[Coroutine[Any, Any, Times]], Times]
 LOOPS: dict[str, Run] = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 
 
 @dataclass(frozen=True)
 class LookUps:
-    """Times of look-ups in one setting, milliseconds."""
+    """Times of look-ups in one setting, milliseconds. `cpu` is this process's own work: what waiting cannot blur."""
 
     items: int
     precision: str
@@ -47,6 +49,8 @@ class LookUps:
     p50_ms: float | None
     p99_ms: float | None
     worst_ms: float | None
+    cpu_p50_ms: float | None
+    cpu_p99_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -74,24 +78,26 @@ def memory(sizes: Sizes, precision: Precision, filled: Filled) -> Memory:
     )
 
 
-async def _times(url: str, sizes: Sizes, candidates: int, count: int, seed: int) -> list[float]:
+async def _times(url: str, sizes: Sizes, candidates: int, count: int, seed: int) -> Times:
     """Return the seconds of look-ups with nothing cached."""
     rng = np.random.default_rng(seed)
     client = open_client(url, TIMEOUT_S)
     codec = Codec(sizes.d_collab, sizes.d_model)
     store = RedisStore(client, BUNDLE_ID, codec, ItemCache(0, Metrics().store))
-    times = []
+    times: list[float] = []
+    worked: list[float] = []
     for number in range(WARM_UP + count):
         user = frozenset({f"u{rng.integers(USERS)}"})
         query = Query(user, frozenset(map(str, rng.choice(sizes.items, candidates, replace=False))), user)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.thread_time()
         found = await store.look_up(BUNDLE_ID, query)
-        taken = time.perf_counter() - started
+        taken, work = time.perf_counter() - started, time.thread_time() - before
         assert len(found.items) == candidates and len(found.users) == 1
         if number >= WARM_UP:
             times.append(taken)
+            worked.append(work)
     await client.aclose()
-    return times
+    return times, worked
 
 
 def measure(
@@ -101,8 +107,9 @@ def measure(
     measured = []
     for loop, run in LOOPS.items():
         for each in candidates:
-            times = run(_times(url, sizes, each, count, seed))
+            times, worked = run(_times(url, sizes, each, count, seed))
             quantiles = [quantile_ms(times, share) for share in (0.5, 0.99, 1.0)]
+            quantiles += [quantile_ms(worked, share) for share in (0.5, 0.99)]
             measured.append(LookUps(sizes.items, precision.name.lower(), loop, each, *quantiles))
     return measured
 
@@ -129,7 +136,8 @@ def main(
     fits = ("precision", "d_model", "fit_in_256_gib_millions", "fit_in_1024_gib_millions")
     show("what fits if Redis takes 80 % of a machine", [{name: asdict(one)[name] for name in fits} for one in took])
     show("one look-up: a user, ten likes, candidates; nothing cached", [asdict(one) for one in found])
-    result = {"memory": [asdict(one) for one in took], "lookups": [asdict(one) for one in found]}
+    busy = os.getloadavg()[0]  # of the last minute: what else the machine did
+    result = {"load_average": busy, "memory": [asdict(one) for one in took], "lookups": [asdict(one) for one in found]}
     write(out, "redis_lookup", BUNDLE_ID, result)
 
 

@@ -129,9 +129,9 @@ class Codec:
         flags, precision, end = _item_head(item_id, record)
         numbers = 2 * self.d_collab + self.d_model
         if len(record) != end + precision.width * numbers:
-            raise _wrong("item", item_id, f"has {len(record)} bytes")
+            raise _wrong("an item", f"has {len(record)} bytes")
         if _crc(item_id, record[:12], memoryview(record)[HEADER_BYTES:]) != _CRC.unpack_from(record, 12)[0]:
-            raise _wrong("item", item_id, "is damaged")
+            raise _wrong("an item", "is damaged")
         vectors = precision.decode(record, end, numbers)
         return ItemFeatures(
             item_id,
@@ -151,9 +151,9 @@ class Codec:
         _, precision, title_end = _item_head(item_id, beginning)
         end = title_end + precision.width * self.d_collab
         if len(beginning) < end:
-            raise _wrong("item", item_id, "is cut short")
+            raise _wrong("an item", "is cut short")
         if _crc(item_id, beginning[:8], memoryview(beginning)[HEADER_BYTES:end]) != _CRC.unpack_from(beginning, 8)[0]:
-            raise _wrong("item", item_id, "is damaged")
+            raise _wrong("an item", "is damaged")
         fold_C = precision.decode(beginning, title_end, self.d_collab)
         return HistoryPart(item_id, beginning[HEADER_BYTES:title_end].decode(), fold_C)
 
@@ -181,15 +181,15 @@ class Codec:
             RecordError: it is no record of this user.
         """
         if len(record) < HEADER_BYTES:
-            raise _wrong("user", user_id, f"has {len(record)} bytes")
+            raise _wrong("a user", f"has {len(record)} bytes")
         version, flags, count, total, ids_bytes = _USER.unpack_from(record)
-        precision = _precision("user", user_id, version, flags)
+        precision = _precision("a user", version, flags)
         times_at = HEADER_BYTES + (precision.width * self.d_collab if flags & _TRAINED else 0)
         ids_at = times_at + 8 * count
         if len(record) != ids_at + ids_bytes:
-            raise _wrong("user", user_id, f"has {len(record)} bytes")
+            raise _wrong("a user", f"has {len(record)} bytes")
         if _crc(user_id, record[:12], memoryview(record)[HEADER_BYTES:]) != _CRC.unpack_from(record, 12)[0]:
-            raise _wrong("user", user_id, "is damaged")
+            raise _wrong("a user", "is damaged")
         return UserFeatures(
             user_id,
             precision.decode(record, HEADER_BYTES, self.d_collab) if flags & _TRAINED else None,
@@ -211,24 +211,23 @@ def _ids(record: bytes, at: int, count: int) -> tuple[str, ...]:
 def _item_head(item_id: str, record: bytes) -> tuple[int, Precision, int]:
     """Return an item's flags and precision, and where its title ends."""
     if len(record) < HEADER_BYTES:
-        raise _wrong("item", item_id, f"has {len(record)} bytes")
+        raise _wrong("an item", f"has {len(record)} bytes")
     version, flags, zero, title_bytes = _ITEM.unpack_from(record)
     if zero:
-        raise _wrong("item", item_id, "is damaged")
-    return flags, _precision("item", item_id, version, flags), HEADER_BYTES + title_bytes
+        raise _wrong("an item", "is damaged")
+    return flags, _precision("an item", version, flags), HEADER_BYTES + title_bytes
 
 
-def _precision(kind: str, one_id: str, version: int, flags: int) -> Precision:
+def _precision(whose: str, version: int, flags: int) -> Precision:
     precision = _PRECISIONS.get(flags >> 1)
     if version != RECORD_VERSION or precision is None:
-        raise _wrong(
-            kind, one_id, f"has version {version} and flags {flags}, and this release reads version {RECORD_VERSION}"
-        )
+        raise _wrong(whose, f"has version {version} and flags {flags}, and this release reads version {RECORD_VERSION}")
     return precision
 
 
-def _wrong(kind: str, one_id: str, what: str) -> RecordError:
-    return RecordError(f"the record of {kind} {one_id[:40]!r} {what}; publish the bundle again")
+def _wrong(whose: str, what: str) -> RecordError:
+    """Return the error, which reaches the log and so does not say which user or item."""
+    return RecordError(f"the record of {whose} {what}; publish the bundle again")
 
 
 def _crc(one_id: str, head: bytes, body: bytes | memoryview) -> int:

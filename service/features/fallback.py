@@ -113,6 +113,7 @@ class FallbackStore:
             with suppress(asyncio.CancelledError):
                 await self._watch
         self._redis.forget()
+        self._metrics.closed(self._redis.bundle_id)
 
     def _start(self) -> None:
         if self._watch is None:
@@ -132,14 +133,14 @@ class FallbackStore:
         except LookUpError as error:
             self._leave_alone(error)
         else:
-            self._metrics.up(True)
+            self._metrics.up(self._redis.bundle_id, True)
             if self._trouble is not None:
                 self._log.info("store_recovered", detail=self._detail)
                 self._trouble = None
                 self._failures = FAILURES - 1  # one failure more and it is left alone again
 
     def _leave_alone(self, error: LookUpError) -> None:
-        self._metrics.up(False)
+        self._metrics.up(self._redis.bundle_id, False)
         if self._trouble is None or self._trouble.reason != error.reason:
             self._log.warning("store_lost", reason=error.reason, detail=str(error))
         self._trouble = error

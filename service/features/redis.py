@@ -89,7 +89,7 @@ class RedisStore:
 
     def __init__(self, client: Redis, bundle_id: str, codec: Codec, cache: ItemCache) -> None:
         self._client = client
-        self._bundle_id = bundle_id
+        self.bundle_id = bundle_id
         self._keys = BundleKeys(bundle_id)
         self._codec = codec
         self._cache = cache
@@ -101,8 +101,8 @@ class RedisStore:
             KeyError: the query is for another bundle.
             LookUpError: there is no answer, or none that can be used.
         """
-        if bundle_id != self._bundle_id:
-            raise KeyError(f"this store is of bundle {self._bundle_id[:12]}, not {bundle_id[:12]}")
+        if bundle_id != self.bundle_id:
+            raise KeyError(f"this store is of bundle {self.bundle_id[:12]}, not {bundle_id[:12]}")
         items, missing = self._cache.find(bundle_id, query.item_ids)
         user_ids = sorted(query.user_ids | query.histories_of)
         try:
@@ -144,7 +144,7 @@ class RedisStore:
                 _SHA,
                 5,
                 *(keys.meta, DELETED, LIKES, keys.items, keys.users),
-                *(self._bundle_id, self._codec.d_collab, *asked),
+                *(self.bundle_id, self._codec.d_collab, *asked),
             )
             if item_ids:
                 prefix = keys.items.encode()
@@ -183,8 +183,8 @@ class RedisStore:
             raise LookUpError("down", f"Redis cannot be reached: {error}") from error
         except RedisError as error:
             raise LookUpError("error", f"what Redis answers cannot be used: {error}") from error
-        if found != self._bundle_id.encode() or complete != b"1":
-            raise LookUpError("bundle_missing", f"Redis does not hold the whole of bundle {self._bundle_id[:12]}")
+        if found != self.bundle_id.encode() or complete != b"1":
+            raise LookUpError("bundle_missing", f"Redis does not hold the whole of bundle {self.bundle_id[:12]}")
         return f"redis: {_text(users)} users, {_text(items)} items in {_text(precision)}"
 
     async def health(self) -> StoreHealth:
@@ -196,7 +196,7 @@ class RedisStore:
 
     def forget(self) -> None:
         """Free the bundle's items: it is no longer served."""
-        self._cache.forget(self._bundle_id)
+        self._cache.forget(self.bundle_id)
 
 
 def _text(value: bytes | str | None) -> str:

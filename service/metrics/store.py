@@ -36,11 +36,12 @@ class StoreMetrics:
             registry=registry,
         )
         self._up = Gauge(
-            "sella_store_up", "1 while the store answers and holds the bundle last opened.", registry=registry
+            "sella_store_up", "1 while the store answers and holds every bundle that is served.", registry=registry
         )
         self._hits = Counter("sella_item_cache_hits", "Items found in this process.", registry=registry)
         self._misses = Counter("sella_item_cache_misses", "Items asked of Redis.", registry=registry)
         self._bytes = Gauge("sella_item_cache_bytes", "Bytes of the items kept in this process.", registry=registry)
+        self._of_bundle: dict[str, bool] = {}
         self._up.set(1)
         for source in get_args(Source):
             self._seconds.labels(source)
@@ -61,9 +62,15 @@ class StoreMetrics:
         """Count what only the embedded tables knew."""
         self._filled.labels(kind).inc(count)
 
-    def up(self, up: bool) -> None:
-        """Record whether the store answers and holds the bundle."""
-        self._up.set(int(up))
+    def up(self, bundle_id: str, up: bool) -> None:
+        """Record whether the store answers and holds a bundle that is served."""
+        self._of_bundle[bundle_id] = up
+        self._up.set(int(all(self._of_bundle.values())))
+
+    def closed(self, bundle_id: str) -> None:
+        """Forget a bundle that is no longer served."""
+        self._of_bundle.pop(bundle_id, None)
+        self._up.set(int(all(self._of_bundle.values())))
 
     def cache_asked(self, hits: int, misses: int) -> None:
         """Count items found in the cache and not found."""

@@ -28,7 +28,7 @@ async def served(bundle: Bundle, model: ScoringModel, **settings: object) -> Asy
     async with client_of(service) as client, AsyncExitStack() as stack:
         await service.interactions.start()
         stack.push_async_callback(service.stores.close)
-        stack.push_async_callback(service.current.handle.store.close)
+        stack.push_async_callback(service.bundles.current.store.close)
         stack.push_async_callback(service.interactions.close)
         yield client
 
