@@ -45,9 +45,6 @@ class Phase(Enum):
     CLOSING = "its last bytes to be read"
 
 
-_WITHOUT_REQUEST = frozenset({Phase.SILENT, Phase.HEAD, Phase.IDLE})
-
-
 class Connections:
     """The server's open connections: how many, how long each may stay in a phase, and which one gives way."""
 
@@ -55,8 +52,8 @@ class Connections:
         self._most = most
         self._metrics = metrics
         self._open: set[BoundedProtocol] = set()
-        # Those that wait for a request, in the order in which they began to.
-        self._without_request: dict[BoundedProtocol, None] = {}
+        # Those that wait for their clients, in the order in which they began to.
+        self._waiting: dict[BoundedProtocol, None] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self._limits: Mapping[Phase, tuple[float, str]] = {
             Phase.SILENT: (settings.head_timeout_s, "head_timeout"),
@@ -77,15 +74,18 @@ class Connections:
         return len(self._open)
 
     def opened(self, connection: "BoundedProtocol") -> bool:
-        """Take a connection in, if need be for the one that has waited longest without a request; return whether."""
+        """Take a connection in, if need be for the one that has waited longest for its client; return whether.
+
+        A client that is at it takes milliseconds, so that it is a slow or an idle one that goes.
+        """
         if len(self._open) >= self._most:
-            waiting = next(iter(self._without_request), None)
+            waiting = next(iter(self._waiting), None)
             if waiting is None:
                 self._metrics.cut_off("refused")
                 return False
             self._metrics.cut_off("crowded_out")
             self.closed(waiting)
-            waiting.transport.abort()
+            waiting.cut()
         self._open.add(connection)
         self._metrics.opened()
         if self._sweep is None:
@@ -94,13 +94,13 @@ class Connections:
 
     def entered(self, connection: "BoundedProtocol", phase: Phase) -> None:
         """Note that a connection entered a phase."""
-        self._without_request.pop(connection, None)
-        if phase in _WITHOUT_REQUEST and connection in self._open:
-            self._without_request[connection] = None
+        self._waiting.pop(connection, None)
+        if phase is not Phase.ANSWER and connection in self._open:
+            self._waiting[connection] = None
 
     def closed(self, connection: "BoundedProtocol") -> None:
         """Let a connection out."""
-        self._without_request.pop(connection, None)
+        self._waiting.pop(connection, None)
         if connection in self._open:
             self._open.remove(connection)
             self._metrics.closed()
@@ -184,14 +184,18 @@ class BoundedProtocol(H11Protocol):
     def end(self) -> None:
         """End the connection for the time that its phase has taken, with 408 where that can be read and understood."""
         if self.phase in (Phase.UNREAD, Phase.CLOSING):
-            self._leave_request()
-            self.transport.abort()
+            self.cut()
             return
         if self.phase in (Phase.HEAD, Phase.BODY):
             self._leave_request()
             self._tell(408, f"{self.phase.name.lower()}_timeout", f"{self.phase.value} did not arrive in time")
         self.transport.close()
         self._follow()
+
+    def cut(self) -> None:
+        """End the connection at once, whatever is under way."""
+        self._leave_request()
+        self.transport.abort()
 
     def _follow(self) -> None:
         phase = self._current_phase()

@@ -264,8 +264,8 @@ class Settings(BaseSettings):
         default=4096,
         ge=8,
         le=1_000_000,
-        description="Open connections; fewer if the process may not open as many files. Beyond it the one that has"
-        " waited longest without a request gives way, else the new one is told 503.",
+        description="Open connections; fewer if the process may not open as many files. Beyond it the one that"
+        " has waited longest for its client gives way; where all are at work, the new one is told 503.",
     )
     head_timeout_s: float = Field(
         default=10.0,
