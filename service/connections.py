@@ -8,6 +8,8 @@ one phase, a phase has a limit, and one sweep a second ends what is over it.
 import asyncio
 import logging
 import resource
+import socket
+import struct
 import uuid
 from collections.abc import Mapping
 from enum import Enum
@@ -28,6 +30,7 @@ SWEEP_S = 1.0
 # Files that are no connections: the listener, the event loop's, pipes to the worker, tables, logs, those of a restart.
 RESERVED_FILES = 128
 MIN_CONNECTIONS = 8
+RESET = struct.pack("ii", 1, 0)  # linger, for no time
 # uvicorn warns of each request that is no HTTP or offers an upgrade. A client must not be able to fill the log.
 LOGGER = "uvicorn.error.connections"
 
@@ -195,6 +198,8 @@ class BoundedProtocol(H11Protocol):
     def cut(self) -> None:
         """End the connection at once, whatever is under way."""
         self._leave_request()
+        # Reset, not closed: the kernel would keep what was not read, and offer it to the client for many minutes.
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.transport.abort()
 
     def _follow(self) -> None:

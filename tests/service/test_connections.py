@@ -1,5 +1,6 @@
 """Slow, silent and garbled clients against a real port; the limits are short, the order of events is what is tested."""
 
+import errno
 import socket
 import threading
 import time
@@ -147,6 +148,8 @@ def test_a_client_that_does_not_read_is_cut_off(server: Listening) -> None:
         except (TimeoutError, ConnectionError):
             pass
         wait_for(lambda: server.cut_off("write_timeout") == before + 1)
+        # And reset, so that nothing stays behind in the kernel.
+        wait_for(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
 
 
 def test_the_longest_waiting_gives_way_to_a_new_connection(server: Listening) -> None:
