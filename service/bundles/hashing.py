@@ -1,4 +1,4 @@
-"""The hashes of a folder's files, by a process of its own at the lowest priority.
+"""The hashes of a folder's files, by a process of its own at a low priority.
 
 Hashing gigabytes must not slow down who serves. A nice thread of the server would not do: while it holds the
 interpreter's lock and waits for its turn on a core, the event loop waits for it. Here the standard library alone is
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from service import interpreter
 
-LOWEST_PRIORITY = 19
+GENTLE = 10  # a tenth of what a thread of normal priority gets
 
 
 async def hashes_of(folder: Path) -> dict[str, str]:
@@ -45,7 +45,7 @@ async def hashes_of(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     """Write the hashes of the folder in the first argument as a line of JSON."""
-    os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
+    os.nice(GENTLE)
     folder = Path(sys.argv[1])
     hashes = {}
     for path in sorted(folder.rglob("*")):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from service.engines.worker import WorkerModel
 
 GENTLY = "gently"
-LOWEST_PRIORITY = 19
+GENTLE = 10  # a tenth of what a thread of normal priority gets: on cores that are all busy the load still ends
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ class _Load(threading.Thread):
 
     def run(self) -> None:
         if self._gently:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+            os.nice(GENTLE)  # of this thread alone, on Linux
         from service.engines.worker import Broken
 
         try:
