@@ -1,6 +1,7 @@
 """Changes of bundles with engines that compute at once: roles, routing, refusals, draining."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -251,3 +252,10 @@ async def test_shares_that_make_no_sense_are_refused(client: httpx.AsyncClient, 
     for role, share in [("canary", None), ("canary", 0), ("canary", 1.5), ("current", 0.5), ("shadow", -1)]:
         assert (await give(client, family.other, role, share=share)).status_code == 422
     assert (await give(client, family.first, "canary", share=0.5)).status_code == 422  # it is the current one
+
+
+async def test_no_path_is_an_error_of_ours(client: httpx.AsyncClient) -> None:
+    for path in ("", ".", "..", "~", "x" * 4096, "a/" * 2000, "a\0b", "\ud800", "夜", "first/manifest.json"):
+        body = json.dumps({"bundle": path}).encode()
+        answer = await client.post("/admin/bundle", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in {400, 422}, (path, answer.text)
