@@ -3,7 +3,16 @@
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 # Every reason that the service refuses or gives up a request for; they exist from the start, so that rates do.
-REASONS = ("queue_full", "deadline", "not_ready", "scoring_failed", "client_gone", "stopping", "rate_limit")
+REASONS = (
+    "queue_full",
+    "deadline",
+    "not_ready",
+    "scoring_failed",
+    "client_gone",
+    "stopping",
+    "rate_limit",
+    "log_unavailable",
+)
 
 # A refusal waits for nothing: what takes longer than the first few of these is the event loop's own delay.
 _REFUSAL_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

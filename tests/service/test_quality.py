@@ -1,5 +1,7 @@
 """Live quality: outcomes find the scores they answer, and the figures are those of scikit-learn."""
 
+import tracemalloc
+
 import httpx
 import numpy as np
 import pytest
@@ -141,6 +143,22 @@ def test_what_was_served_is_bounded_in_number_and_age() -> None:
     live.report("u", "e", True, request_id="newest")
     assert live.outcomes() == {"unknown_request": 2}
     assert live.served.scores == 0
+
+
+def test_a_served_score_takes_about_a_hundred_bytes() -> None:
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        served = ServedScores(10_000, 60.0)
+        for number in range(100):
+            results = [ServedScore(rank, f"user-{number}", f"item-{number}-{rank}", 0.5) for rank in range(100)]
+            served.add(f"request-{number}", LABEL, results, 0.0)
+        del results
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert served.scores == 10_000
+    assert 50 < (after - before) / served.scores < 130
 
 
 def test_a_request_id_that_comes_again_stands_for_the_later_answer() -> None:
