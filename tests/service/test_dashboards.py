@@ -77,9 +77,10 @@ def test_every_query_of_every_panel_can_be_read(tmp_path: Path) -> None:
 
 def test_what_is_asked_of_recording_rules_is_recorded_and_documented() -> None:
     documented = set(re.findall(r"`(\w+:\w+:\w+)`", OPERATIONS.read_text()))
-    assert documented == {rule["record"] for rule in rules("record")}
+    recorded = {rule["record"] for rule in rules("record")}
+    assert recorded <= documented
     for expression in [*expressions(), *(rule["expr"] for rule in rules("alert"))]:
-        assert set(re.findall(r"\w+:\w+:\w+", expression)) <= documented
+        assert set(re.findall(r"\w+:\w+:\w+", expression)) <= recorded
 
 
 def test_dashboards_are_whole_and_named_apart() -> None:
