@@ -83,6 +83,15 @@ def test_what_is_asked_of_recording_rules_is_recorded_and_documented() -> None:
         assert set(re.findall(r"\w+:\w+:\w+", expression)) <= recorded
 
 
+def test_every_metric_that_is_asked_for_is_documented() -> None:
+    documented = set(re.findall(r"`(sella_\w+)`", OPERATIONS.read_text()))
+    asked: set[str] = set()
+    for expression in [*expressions(), *(rule["expr"] for kind in ("alert", "record") for rule in rules(kind))]:
+        asked |= set(re.findall(r"(?<![:\w])sella_\w+", expression))
+    missing = {name for name in asked if {name, re.sub(r"_(bucket|sum|count)$", "", name)}.isdisjoint(documented)}
+    assert not missing, f"docs/operations.md does not say what these count: {sorted(missing)}"
+
+
 def test_dashboards_are_whole_and_named_apart() -> None:
     boards = dashboards()
     assert {board["uid"] for board in boards} == {"sella-overview", "sella-latency", "sella-quality", "sella-redis"}
