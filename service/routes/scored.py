@@ -152,6 +152,7 @@ def _record(service: Collaborators, request: Request, questions: Sequence[Questi
         request_id=scored.request_id,
         bundle_id=scored.bundle_id,
         route=route,
+        key=request.state.key_name,
         candidates=tally.asked,
         skipped=len(scored.skipped),
         cold_users=tally.cold_users,

@@ -60,7 +60,9 @@ def bearer(key: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("headers", [bearer(API), {"authorization": f"bearer  {API} "}, {"x-api-key": API}])
 async def test_a_key_opens_the_scoring_routes(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
-    assert (await client.post("/rank", json=GOOD, headers=headers)).status_code == 200
+    with capture_logs() as logs:
+        assert (await client.post("/rank", json=GOOD, headers=headers)).status_code == 200
+    assert [one["key"] for one in logs if one["event"] == "scored"] == ["shop"]
     both = {**headers, "x-api-key": API}
     assert (await client.post("/rank", json=GOOD, headers=both)).status_code == 200
 
