@@ -26,6 +26,7 @@ HISTORY = 10  # likes of every user, the prompt's window
 USERS = 1000
 _TITLE = "A made-up title of a usual length (1999)"
 _BATCH = 1000
+_TIMEOUT_S = 60.0  # emptying a Redis of a million items takes seconds
 _DRAWN = 1024  # different vectors; Redis does not compress, so more would show nothing more
 
 
@@ -82,7 +83,7 @@ def fill(url: str, sizes: Sizes, precision: Precision, seed: int) -> Filled:
     """Empty a Redis and write items and users; memory is of the items alone."""
     codec, keys, rng = Codec(sizes.d_collab, sizes.d_model), BundleKeys(BUNDLE_ID), np.random.default_rng(seed)
     drawn_V = rng.normal(size=(_DRAWN, 2 * sizes.d_collab + sizes.d_model)).astype(np.float32)
-    with redis.Redis.from_url(url) as client:
+    with redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S) as client:
         client.flushall()
         before = int(client.info("memory")["used_memory"])
         started = time.monotonic()
