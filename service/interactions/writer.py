@@ -19,6 +19,7 @@ T = TypeVar("T")
 WAITING = 512  # jobs; each is a request's batch, and a client waits for it
 A_COMMIT = 64  # jobs of one commit, so that the first of them does not wait for hundreds
 ERASE_S, ERASE_SHARE = 5.0, 50  # the file is written anew at most this often, and at most a fiftieth of the time
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)  # the disk's limit, or one of a quota or of the process
 RETRY_S = 2.0  # between attempts to open a log that could not be opened
 
 
@@ -157,7 +158,7 @@ class Writer:
 
     def _undone(self, error: Exception) -> bool:
         """Return whether a failed transaction is undone and the connection as good as before."""
-        full = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        full = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in NO_ROOM
         if self._connection is None or not full:
             return False  # after another error of the disk nothing is known of the connection: begin with a new one
         try:

@@ -43,7 +43,7 @@ def post(client: httpx.Client, *events: dict[str, Any]) -> httpx.Response:
 
 
 def wait_for_model(server: Server) -> None:
-    wait_for(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200)
+    wait_for(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200, 200)
 
 
 def ready(server: Server) -> bool:
@@ -95,7 +95,7 @@ def test_a_full_disk_is_a_503_scores_go_on_and_it_recovers(start: Start, tmp_pat
     server = start()
     wait_for_model(server)
     pid = server.process.pid
-    acknowledged = 0
+    acknowledged: list[str] = []
     with server.client() as client:
         assert post(client, told("first")).status_code == 200
         # The largest file that this process may write, from now on: what a full disk does to it, and to it alone.
@@ -103,24 +103,31 @@ def test_a_full_disk_is_a_503_scores_go_on_and_it_recovers(start: Start, tmp_pat
         room = (tmp_path / "log.sqlite-wal").stat().st_size + 50_000
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, before[1]))
         for count in range(1000):
-            response = post(client, *(told(f"e{count}-{more}") for more in range(10)))
+            batch = [f"e{count}-{more}" for more in range(10)]
+            response = post(client, *map(told, batch))
             if response.status_code != 200:
                 break
-            acknowledged += 10
+            acknowledged += batch
         assert response.status_code == 503 and response.json()["error"]["code"] == "log_unavailable"
         assert "retry-after" in response.headers
+        # What was written may have gone into the file meanwhile and left room; now there is none at all.
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (2000, before[1]))
+        wait_for(lambda: post(client, told("no-room")).status_code == 503 and not ready(server), 30)
         assert client.post("/rank", json={"user_id": "u1", "candidates": ["i1"]}).json()["history"]["source"] == "live"
         state = client.get("/readyz")
         assert state.status_code == 200 and not state.json()["interactions"]["ready"]
         assert "sella_log_up 0.0" in client.get("/metrics").text
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
         wait_for(lambda: ready(server), 30)  # by itself, without a request
-        assert post(client, *(told(f"e{count}-{more}") for more in range(10))).json()["accepted"] == 10
+        assert post(client, *(told(f"after{more}") for more in range(10))).json()["accepted"] == 10
         assert "sella_log_up 1.0" in client.get("/metrics").text
     assert server.end(signal.SIGTERM) == 0
     connection = open_to_read(tmp_path / "log.sqlite")
-    assert Ledger(connection, 60.0).entries() == acknowledged + 11
+    found = [entry.interaction.event_id for entry in Ledger(connection, 60.0).read(0, 10_000)]
     connection.close()
+    assert len(found) == len(set(found))
+    assert {"first", *acknowledged, *(f"after{more}" for more in range(10))} <= set(found)
+    assert not {f"e{count}-{more}" for more in range(10)} & set(found)  # of the batch that was refused, nothing
 
 
 def test_a_second_server_scores_without_the_log_and_takes_it_over(start: Start) -> None:
@@ -130,10 +137,9 @@ def test_a_second_server_scores_without_the_log_and_takes_it_over(start: Start) 
     with first.client() as one, second.client() as other:
         assert post(one, e1).status_code == 200
         assert post(other, e2).status_code == 503
-        wait_for_model(second)
-        assert other.post("/rank", json={"user_id": "new", "candidates": ["i1"]}).status_code == 200
         first.process.kill()
         wait_for(lambda: ready(second), 30)
+        wait_for_model(second)
         assert post(other, e1, e2).status_code == 200
         history = other.post("/rank", json={"user_id": "new", "candidates": ["i1"]}).json()["history"]
     assert history["given"] == 2
