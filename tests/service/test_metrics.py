@@ -117,6 +117,21 @@ async def test_batches_are_counted_as_the_engine_gets_them(bundle: Bundle, echo:
     assert value(service.metrics, "sella_batch_tokens_sum", kind="score") == sum(one.pack.tokens for one in scored)
 
 
+async def test_requests_that_share_a_batch_are_counted_each(bundle: Bundle, echo: EchoEngine) -> None:
+    service = collaborators(bundle, echo, batches_in_flight=1)
+    echo.gate.clear()
+    async with client_of(service) as client:
+        bodies = [{"user_id": f"u{user}", "candidates": ["i1", "i2"]} for user in range(4)]
+        calls = [asyncio.create_task(client.post("/rank", json=body)) for body in bodies]
+        while len(echo.batches) < 1:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # the first is computed, the others wait together
+        echo.gate.set()
+        assert [one.status_code for one in await asyncio.gather(*calls)] == [200] * 4
+    assert value(service.metrics, "sella_batch_requests_sum", kind="score") == 4
+    assert value(service.metrics, "sella_batch_requests_count", kind="score") == len(echo.batches) < 4
+
+
 async def test_engines_are_added_up_and_counted_once(
     client: httpx.AsyncClient, service: Collaborators, echo: EchoEngine
 ) -> None:
