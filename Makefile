@@ -14,7 +14,7 @@ LOAD_OUT ?= build/load
 VLLM := .venv-vllm
 VLLM_PIP := PIP_CONSTRAINT=$(VLLM)/constraints.txt $(VLLM)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo load bench bench-gpu test test-faults test-vllm soak lint audit format clean
+.PHONY: demo load bench bench-gpu test test-faults test-vllm fuzz soak lint audit format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -66,6 +66,10 @@ $(VENV)/.servers-installed: $(VENV)/.load-installed
 # Real processes under faults: killed, paused, out of room, flooded. At most twenty minutes.
 test-faults: $(VENV)/.servers-installed
 	$(BIN)/python -m pytest tests/faults
+
+# Ten thousand generated requests to each route that takes a body; by hand, about half an hour.
+fuzz: $(VENV)/.installed
+	FUZZ_SCALE=63 $(BIN)/python -m pytest tests/service/test_fuzz.py --timeout 3600
 
 # Twenty minutes at 80 % of capacity, then a verdict on memory and errors; by hand.
 soak: $(VENV)/.servers-installed | $(LOAD_BUNDLE)/manifest.json

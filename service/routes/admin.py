@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -10,19 +11,25 @@ from service.bundles.registry import Role
 from service.collaborators import Collaborators, collaborators_of
 from service.errors import RequestError
 from service.intake import JsonRoute
+from service.routes.scored import ERRORS
 from service.schemas import BundleRequest
 
 router = APIRouter(prefix="/admin", tags=["admin"])
 with_body = APIRouter(route_class=JsonRoute)
 
-_ERRORS = {
+_CHANGE_ERRORS: dict[int | str, dict[str, Any]] = {
+    **{status: ERRORS[status] for status in (401, 403, 429)},
     409: {"model": ErrorResponse, "description": "Another change is under way."},
     422: {"model": ErrorResponse, "description": "The bundle is refused; what is served is untouched."},
+}
+_LOAD_ERRORS: dict[int | str, dict[str, Any]] = {
+    **{status: ERRORS[status] for status in (400, 408, 413, 415)},
+    **_CHANGE_ERRORS,
     507: {"model": ErrorResponse, "description": "There is not memory enough for it; what is served is untouched."},
 }
 
 
-@router.get("/bundle", response_model=BundleState)
+@router.get("/bundle", response_model=BundleState, responses={status: ERRORS[status] for status in (401, 403, 429)})
 async def bundle_state(request: Request) -> BundleState:
     """Tell which bundle has which role, and how the last change ended or where it stands."""
     return _state(collaborators_of(request))
@@ -31,7 +38,7 @@ async def bundle_state(request: Request) -> BundleState:
 @with_body.post(
     "/bundle",
     response_model=BundleState,
-    responses={202: {"model": BundleState, "description": "Begun."}, **_ERRORS},  # type: ignore[dict-item]
+    responses={202: {"model": BundleState, "description": "Begun."}, **_LOAD_ERRORS},
 )
 async def change_bundle(body: BundleRequest, request: Request) -> Response:
     """Load a bundle of the bundle folder beside the old and give it a role. It goes on if the client leaves.
@@ -56,7 +63,7 @@ async def change_bundle(body: BundleRequest, request: Request) -> Response:
     return Response(state.model_dump_json(), status_code=200 if body.wait else 202, media_type="application/json")
 
 
-@router.delete("/bundle/{role}", response_model=BundleState, responses=_ERRORS)  # type: ignore[arg-type]
+@router.delete("/bundle/{role}", response_model=BundleState, responses=_CHANGE_ERRORS)
 async def end_role(role: Role, request: Request) -> BundleState:
     """End the canary or the shadow; requests that hold its bundle end with it."""
     service = collaborators_of(request)
