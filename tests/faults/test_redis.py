@@ -19,6 +19,7 @@ from tests.faults.slow_wire import SlowWire
 from tests.redis_server import RedisServer, redis_server
 from tests.service.published import publish
 from tests.serving import Server, wait_for
+from tests.tiny import tiny_bundle
 
 USERS = ("u0", "u1", "u18", "nobody")
 ITEMS = ("i1", "i2", "i3", "i39")
@@ -83,7 +84,7 @@ def deployment(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
         def start(port: int = 0) -> Server:
             settings = {"SELLA_STORE": wire.url, "SELLA_INTERACTIONS": str(log), "SELLA_ITEM_CACHE_MB": "0"}
-            server = Server(bundle.folder, port=port, **settings)
+            server = Server(bundle.folder, port=port, SELLA_POINTER_S="0.5", **settings)
             servers.append(server)
             wait_for(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
             return server
@@ -190,3 +191,16 @@ def test_a_service_killed_between_log_and_redis_loses_and_doubles_nothing(deploy
         deployment.server.clean_up()
         deployment.server = deployment.start(address.port)
         sent.result(120)
+
+
+def test_a_bundle_that_is_published_is_followed_under_load(deployment: Deployment) -> None:
+    """The last test: afterwards another bundle is served."""
+    other = tiny_bundle(deployment.bundle.folder.with_name("other"), seed=5)
+    url, [ask, *_] = deployment.server.url, deployment.asks
+    with load_on(url, deployment.asks) as load:
+        publish(deployment.redis, other)
+        wait_for(lambda: httpx.post(f"{url}/rank", json=ask.body, timeout=30).json().get("bundle_id") == other.id)
+        time.sleep(1)
+        assert deployment.detail().startswith("redis:")
+    assert set(load.statuses()) == {200}
+    assert load.wrong  # the other bundle's scores are others
