@@ -70,7 +70,7 @@ fuzz: $(VENV)/.installed
 	FUZZ_SCALE=63 $(BIN)/python -m pytest tests/service/test_fuzz.py --timeout 3600
 
 # Twenty minutes at 80 % of capacity, then a verdict on memory and errors; by hand.
-soak: $(VENV)/.servers-installed | $(LOAD_BUNDLE)/manifest.json
+soak: $(VENV)/.load-installed | $(LOAD_BUNDLE)/manifest.json
 	$(BIN)/python -m loadtests.soak --bundle $(LOAD_BUNDLE) --out docs/results $(SOAK)
 
 $(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt

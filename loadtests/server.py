@@ -107,8 +107,10 @@ def serve(
     """
     cores = cores or Cores()
     command = [*program, "run", "--bundle", str(bundle), "--port", "0"]
-    environment = {**os.environ, "SELLA_HOST": "127.0.0.1", **(settings or {})}
     with tempfile.TemporaryDirectory(prefix="sella-load-") as folder, pinned(cores.generator):
+        # A log of its own: what a measurement reports is nobody's history.
+        own = {"SELLA_HOST": "127.0.0.1", "SELLA_INTERACTIONS": str(Path(folder) / "interactions.sqlite")}
+        environment = {**os.environ, **own, **(settings or {})}
         log = Path(folder) / "service.log"
         # To a file: a pipe that nobody empties would stop the service once it is full.
         with log.open("w") as errors, _started(command, environment, errors, cores.server) as process:

@@ -26,9 +26,10 @@ from tests.service.echo import EchoEngine
 
 
 @pytest.fixture(scope="module")
-def url(bundle: Bundle) -> Iterator[str]:
+def url(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The application with the echo engine, on a real port in a thread."""
-    service = collaborators(bundle, EchoEngine())
+    log = tmp_path_factory.mktemp("fuzz") / "interactions.sqlite"
+    service = collaborators(bundle, EchoEngine(), interactions=log)
     http: Any = Connections(service.settings, 100, service.metrics.connections).protocol
     config = uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False, http=http)
     server = uvicorn.Server(config)
