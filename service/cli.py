@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 CANNOT_SERVE = 2
 SOCKET_BUFFER = 262_144  # bytes; the longest answers take a few hundred kilobytes
 
-app = typer.Typer(help="Serve scores from a bundle.", no_args_is_help=True, add_completion=False)
+# Without markup, or the brackets of the options' help would be taken for it.
+app = typer.Typer(
+    help="Serve scores from a bundle.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
 
 
 @app.callback()
