@@ -121,8 +121,10 @@ class RedisStore:
             raise LookUpError("timeout", "Redis does not answer in time") from error
         except (RedisConnectionError, OSError) as error:
             raise LookUpError("down", f"Redis cannot be reached: {error}") from error
-        except (RedisError, RecordError, UnicodeDecodeError) as error:
+        except (RedisError, RecordError) as error:
             raise LookUpError("error", f"what Redis answers cannot be used: {error}") from error
+        except ValueError as error:  # text or numbers that are none; the message may quote them
+            raise LookUpError("error", f"what Redis answers cannot be used: {type(error).__name__}") from error
 
     async def _ask(
         self, user_ids: Sequence[str], histories_of: frozenset[str], item_ids: Sequence[str]
@@ -176,16 +178,17 @@ class RedisStore:
         """
         try:
             names = ("bundle_id", "complete", "users", "items", "precision")
-            found, complete, users, items, precision = await self._client.hmget(self._keys.meta, names)
+            found, complete, *told = await self._client.hmget(self._keys.meta, names)
+            users, items, precision = map(_text, told)
         except RedisTimeoutError as error:
             raise LookUpError("timeout", "Redis does not answer in time") from error
         except (RedisConnectionError, OSError) as error:
             raise LookUpError("down", f"Redis cannot be reached: {error}") from error
-        except RedisError as error:
+        except (RedisError, ValueError) as error:
             raise LookUpError("error", f"what Redis answers cannot be used: {error}") from error
         if found != self.bundle_id.encode() or complete != b"1":
             raise LookUpError("bundle_missing", f"Redis does not hold the whole of bundle {self.bundle_id[:12]}")
-        return f"redis: {_text(users)} users, {_text(items)} items in {_text(precision)}"
+        return f"redis: {users} users, {items} items in {precision}"
 
     async def health(self) -> StoreHealth:
         """Return whether Redis answers and holds the bundle."""

@@ -132,7 +132,7 @@ class RedisInteractions:
         """
         try:
             return int(await _value(self._client.hget(APPLIED, log_id)) or 0)
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, ValueError) as error:
             raise SharedStoreError(f"Redis does not tell what it has of the log: {error}") from error
 
     async def apply(self, log_id: str, entries: Sequence[LogEntry], after: int | None = None) -> None:
@@ -160,9 +160,11 @@ class RedisInteractions:
         """
         try:
             told = await _value(self._client.hgetall(DELETED))
+            return {user_id.decode(): float(moment) for user_id, moment in told.items()}
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not tell who was deleted: {error}") from error
-        return {user_id.decode(): float(moment) for user_id, moment in told.items()}
+        except ValueError as error:  # the message may quote a user's id
+            raise SharedStoreError(f"Redis does not tell who was deleted: {DELETED} holds no times") from error
 
     async def counts(
         self, user_ids: Iterable[str], item_ids: Iterable[str]

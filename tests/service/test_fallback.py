@@ -93,6 +93,21 @@ async def test_a_damaged_record_costs_the_answer_nothing(
     assert value(metrics, "sella_store_fallbacks_total", reason="error") == 1
 
 
+async def test_what_is_no_number_or_text_in_redis_costs_the_answer_nothing(
+    redis: RedisServer, store: FallbackStore, bundle: Bundle, metrics: Metrics
+) -> None:
+    publish(redis, bundle)
+    with redis.client() as client:
+        client.hset(DELETED, "u1", "nonsense")
+        assert_same(await store.look_up(bundle.id, everything(bundle)), bundle, everything(bundle))
+        assert value(metrics, "sella_store_fallbacks_total", reason="error") == 1
+        client.hdel(DELETED, "u1")
+        client.hset(BundleKeys(bundle.id).meta, "users", b"\xff")
+        await until(store, "cannot be used")
+        client.hset(BundleKeys(bundle.id).meta, "users", "20")
+        await until(store, "redis: 20 users")  # the check went on
+
+
 async def test_a_paused_redis_costs_some_requests_its_limit_and_then_none_and_comes_back(
     redis: RedisServer, bundle: Bundle, metrics: Metrics
 ) -> None:

@@ -5,7 +5,7 @@ import pytest
 from redis.asyncio import Redis
 
 from models.loading import Bundle
-from service.features.keys import DELETED, BundleKeys
+from service.features.keys import APPLIED, DELETED, BundleKeys
 from service.features.protocol import Query
 from service.interactions.event import EntryKind, Interaction, LogEntry
 from service.interactions.live import MAX_LIKES, LiveUser
@@ -154,3 +154,15 @@ async def test_entries_for_another_place_are_refused_whole(shared: RedisInteract
             await shared.apply("log", [entry(2, True, position=1)], after)
     await shared.apply("log", [entry(2, True, position=1)], 1)
     assert (await shared.counts(["u1"], []))[0] == {"u1": SharedCounts(2, 2)}
+
+
+async def test_what_is_no_number_in_redis_is_an_error_that_can_be_waited_out(
+    redis_client: Redis, shared: RedisInteractions
+) -> None:
+    await redis_client.hset(APPLIED, "log", "nonsense")  # type: ignore[misc]
+    await redis_client.hset(DELETED, "secret-user", "nonsense")  # type: ignore[misc]
+    with pytest.raises(SharedStoreError):
+        await shared.applied("log")
+    with pytest.raises(SharedStoreError) as told:
+        await shared.deletions()
+    assert "secret-user" not in str(told.value)
