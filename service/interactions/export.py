@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from service.interactions.database import open_to_read
+from service.interactions.database import LogFileError, open_to_read
 
 # An impression whose outcome is known, once: a positive at its like's time, so that a live history and a trained one
 # are the same; a negative at the time it was shown. Equal times stand in the order in which live histories have them.
@@ -23,8 +23,8 @@ class ExportError(Exception):
 def export_log(path: Path, out: Path) -> tuple[int, int]:
     """Write `interactions.parquet` and `deleted_users.parquet` to a folder; return how many rows each has.
 
-    Impressions that wait for their outcome are left out, and a table without rows is not written. The log
-    may be in use.
+    Impressions that wait for their outcome are left out, and a table without rows is not written. Without interactions
+    those of an earlier export leave the folder: their users may have been deleted since. The log may be in use.
 
     Raises:
         LogFileError: there is no such log, or it is damaged.
@@ -43,6 +43,8 @@ def export_log(path: Path, out: Path) -> tuple[int, int]:
             "SELECT user_id, deleted_at FROM deletions ORDER BY user_id",
             {"user_id": pl.String, "deleted_at": pl.Float64},
         )
+    except sqlite3.DatabaseError as error:
+        raise LogFileError(f"{path}: cannot be read ({error}); put a backup in its place") from error
     finally:
         connection.close()
     _write(out, {"interactions": interactions, "deleted_users": deletions})
@@ -61,6 +63,8 @@ def _write(out: Path, tables: dict[str, pl.DataFrame]) -> None:
     tables = {name: table for name, table in tables.items() if table.height}
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if "interactions" not in tables:
+            (out / "interactions.parquet").unlink(missing_ok=True)
         for name, table in tables.items():
             table.write_parquet(out / f".{name}.parquet.partial")
         for name in tables:

@@ -57,6 +57,27 @@ async def test_a_bundle_trained_on_an_export_doubles_no_like(log: EventLog, path
     assert both.features == stored and both.likes == 0
 
 
+async def test_a_second_export_leaves_nothing_of_who_was_deleted_since(
+    log: EventLog, path: Path, tmp_path: Path
+) -> None:
+    await log.append([event("a", user_id="only")])
+    assert export_log(path, tmp_path / "data") == (1, 0)
+    await log.delete("only")
+    assert export_log(path, tmp_path / "data") == (0, 1)
+    assert not (tmp_path / "data" / "interactions.parquet").exists()
+
+
+async def test_a_log_that_is_damaged_in_its_middle_is_one_line(log: EventLog, path: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        await log.append([event(f"e{number}-{more}") for more in range(20)])
+    await log.close()
+    content = bytearray(path.read_bytes())
+    content[8192:] = b"\x99" * (len(content) - 8192)
+    path.write_bytes(content)
+    result = CliRunner().invoke(app, ["export", "--interactions", str(path), "--out", str(tmp_path / "data")])
+    assert result.exit_code == 2 and str(path) in result.output and "Traceback" not in result.output
+
+
 async def test_a_log_that_nobody_writes_is_exported_too(log: EventLog, path: Path, tmp_path: Path) -> None:
     await log.append([event("a")])
     await log.close()
