@@ -58,12 +58,25 @@ def check_url(url: str) -> str:
     Raises:
         ValueError: it is none.
     """
-    if not URL.match(url):
-        raise ValueError(f"{shown(url)}: not an address of Redis; give redis://host:6379/0, rediss://… or unix:///path")
+    if not URL.match(url) or not _has_usable_port(url):
+        raise ValueError(
+            f"{shown(url)}: not an address of Redis; give redis://host:6379/0, rediss://… or unix:///path, with"
+            " whatever a password has besides letters and digits percent-encoded"
+        )
     return url
 
 
+def _has_usable_port(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.port is None or parts.port > 0
+    except ValueError:  # as where a / or # in a password ends what stands for the port; the message quotes it
+        return False
+
+
 def shown(url: str) -> str:
-    """Return an address as it may stand in a log: without user and password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+    """Return an address as it may stand in a log: without user, password and query, however they are written."""
+    before, at, host = url.rpartition("@")
+    if "?" in before:  # of a query or of a password: which part is which cannot be told
+        host = "…"
+    return f"{url.partition(':')[0]}://{host}".partition("?")[0] if at else url.partition("?")[0]
