@@ -74,6 +74,8 @@ class ServedScores:
     def add(self, request_id: str, bundle: str, results: Sequence[ServedScore], now: float) -> None:
         """Keep an answer's results; those of the oldest answers leave where there are too many."""
         self._drop(request_id)
+        if not results:  # would take memory, and count for nothing where that is bounded
+            return
         users = [one.user_id for one in results]
         self._requests[request_id] = ServedRequest(
             bundle=bundle,

@@ -161,6 +161,13 @@ def test_a_served_score_takes_about_a_hundred_bytes() -> None:
     assert 50 < (after - before) / served.scores < 130
 
 
+def test_answers_without_results_take_no_memory() -> None:
+    served = ServedScores(10, 60.0)
+    served.add("full", LABEL, [ServedScore(0, "u", "a", 0.5)], 0.0)
+    served.add("empty", LABEL, [], 0.0)
+    assert served.find("full", 0.0) is not None and served.find("empty", 0.0) is None
+
+
 def test_a_request_id_that_comes_again_stands_for_the_later_answer() -> None:
     live = Live()
     live.rank("r", "u", a=0.5, b=0.5)
