@@ -1,5 +1,7 @@
 """DELETE /users/{user_id}: forget a user."""
 
+from urllib.parse import unquote_to_bytes
+
 from fastapi import APIRouter, Request, Response
 
 from models.ids import IdError, canonical_id
@@ -26,6 +28,7 @@ async def delete_user(user_id: str, request: Request) -> Response:
     Asked again, everything up to the later moment is forgotten.
     """
     service = collaborators_of(request)
+    _require_utf8(request)
     try:
         user_id = canonical_id(user_id)
     except IdError as error:
@@ -36,3 +39,11 @@ async def delete_user(user_id: str, request: Request) -> Response:
         engine.forget()  # keys and values of the user's prompts
     answer = DeletedResponse(user_id=user_id, deleted_at=deleted_at, request_id=request.state.request_id)
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _require_utf8(request: Request) -> None:
+    """Refuse a path in another encoding: it would be read as another user, and the one meant would stay."""
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError as error:
+        raise RequestError("the path is not UTF-8; percent-encode the id's UTF-8 bytes", "user_id") from error

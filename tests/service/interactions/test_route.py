@@ -181,6 +181,7 @@ async def test_any_printable_user_id_can_be_deleted(
 async def test_ids_that_are_none_cannot_be_deleted(client: httpx.AsyncClient) -> None:
     assert_error(await client.delete("/users/" + "x" * 257), 422, "invalid_request", "user_id")
     assert_error(await client.delete("/users/a%01b"), 422, "invalid_request", "user_id")
+    assert_error(await client.delete("/users/caf%E9"), 422, "invalid_request", "user_id")  # Latin-1: who is meant?
 
 
 async def test_without_a_log_scores_go_on_and_interactions_are_refused(
