@@ -55,6 +55,7 @@ class Writer:
         self._lock: FileLock | None = None
         self._connection: sqlite3.Connection | None = None
         self._ledger: Ledger | None = None
+        self._file = (0, 0)  # device and inode of the file that is open
         self._tried = float("-inf")
         self._remnants = False  # bytes of deleted rows may still be in the files
         self._erase_at = float("-inf")
@@ -121,6 +122,7 @@ class Writer:
 
     def _transaction(self, ledger: Ledger, jobs: list[_Job]) -> list[Any]:
         assert self._connection is not None
+        self._require_in_place()
         run = self._connection.execute
         run("BEGIN IMMEDIATE")
         outcomes: list[Any] = []
@@ -138,6 +140,24 @@ class Writer:
         self._remnants = self._remnants or any(job.erases for job in jobs)
         self.health = LogHealth(True, f"{self._path}: {ledger.entries()} entries")
         return outcomes
+
+    def _require_in_place(self) -> None:
+        """Refuse to write into a file that nobody would find again.
+
+        The connection stays: what was taken before can still be read, and the file may be put back.
+
+        Raises:
+            LogUnavailableError: another file stands at the path, or none.
+        """
+        try:
+            found = self._path.stat()
+            if (found.st_dev, found.st_ino) == self._file:
+                return
+        except OSError:
+            pass
+        detail = f"{self._path}: was removed or replaced while in use; put it back, or restart with what is there"
+        self.health = LogHealth(False, detail)
+        raise LogUnavailableError(detail)
 
     def _erase(self) -> None:
         """Write the file anew, so that nothing of deleted rows is left, and empty the write-ahead file.
@@ -176,6 +196,8 @@ class Writer:
         self._tried = time.monotonic()
         self._lock = FileLock(self._path)
         self._connection = open_database(self._path)
+        opened = self._path.stat()
+        self._file = opened.st_dev, opened.st_ino
         self._ledger = Ledger(self._connection, self._attribution_s)
         self._remnants = self._ledger.remnants()
         self._on_open(self._ledger)

@@ -113,6 +113,21 @@ async def test_a_full_disk_refuses_whole_batches_and_recovers(log: EventLog, pat
     assert log.health().ready and log.read(0, 1000)[0].interaction.event_id == "before"
 
 
+async def test_a_file_that_is_removed_takes_nothing_until_it_is_back(log: EventLog, path: Path) -> None:
+    await log.append([event("before")])
+    assert await likes(log) == ["before"]
+    away = path.rename(path.with_name("away"))
+    for _ in range(2):
+        with pytest.raises(LogUnavailableError, match="removed or replaced"):
+            await log.append([event("lost")])
+        assert not log.health().ready and str(path) in log.health().detail
+        assert await likes(log) == ["before"]
+        path.touch()
+    away.replace(path)
+    assert (await log.append([event("after")])).verdicts == ("accepted",)
+    assert log.health().ready and await likes(log) == ["after", "before"]
+
+
 async def test_a_folder_that_is_not_there_is_told(new_log: Open, tmp_path: Path) -> None:
     log = new_log(tmp_path / "missing" / "log.sqlite")
     await log.start()
