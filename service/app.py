@@ -88,6 +88,7 @@ def create_app(
     )
     app.state.collaborators = service
     service.interactions.on_outcome = service.quality.on_outcome
+    service.interactions.on_deleted = service.forget
     access = access or Access.open(service.settings, service.log)
     # The last one added is the first that a request meets.
     app.add_middleware(Gate, access=access, settings=service.settings, metrics=service.metrics, log=service.log)

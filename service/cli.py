@@ -45,9 +45,7 @@ CANNOT_SERVE = 2
 SOCKET_BUFFER = 262_144  # bytes; the longest answers take a few hundred kilobytes
 
 # Without markup, or the brackets of the options' help would be taken for it.
-app = typer.Typer(
-    help="Serve scores from a bundle.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
-)
+app = typer.Typer(help="Serve scores from a bundle.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback()

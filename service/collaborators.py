@@ -30,6 +30,12 @@ class Collaborators:
     quality: LiveQuality
     stores: Stores
 
+    def forget(self, user_id: str) -> None:
+        """Forget what is kept in memory of a user who was deleted: served scores, keys and values of prompts."""
+        self.quality.forget(user_id)
+        for engine in self.bundles.engines:
+            engine.forget()
+
     async def readiness(self) -> Readiness:
         """Return whether a request would be scored now."""
         with self.bundles.take_current() as handle:

@@ -99,8 +99,11 @@ class BundleChanges:
         """
         if bundle_id == self._bundles.current.bundle_id:
             return
-        folder = await asyncio.to_thread(self._find, bundle_id)
-        await asyncio.shield(self._begin(str(folder), Role.CURRENT, lambda: self._change(folder, Role.CURRENT, None)))
+
+        async def found() -> float:
+            return await self._change(await asyncio.to_thread(self._find, bundle_id), Role.CURRENT, None)
+
+        await asyncio.shield(self._begin(f"published {bundle_id[:12]}", Role.CURRENT, found))
 
     async def close(self) -> None:
         """End a change that runs, and what it has loaded."""

@@ -91,8 +91,8 @@ class EventLog:
 
         return await self._write(work, erases=True)
 
-    async def take_deletions(self, deletions: Iterable[tuple[str, float]]) -> int:
-        """Forget users whom other servers have deleted, as of the given times; return how many were news.
+    async def take_deletions(self, deletions: Iterable[tuple[str, float]]) -> tuple[str, ...]:
+        """Forget users whom other servers have deleted, as of the given times; return those who were news.
 
         Raises:
             LogUnavailableError: the log cannot be written now.
@@ -100,14 +100,14 @@ class EventLog:
         known = self._read(lambda ledger: ledger.deletions())
         asked = [(user, when) for user, when in deletions if known.get(user, float("-inf")) < when]
 
-        def work(ledger: Ledger) -> int:
+        def work(ledger: Ledger) -> tuple[str, ...]:
             known = ledger.deletions()
             news = [(user, when) for user, when in asked if known.get(user, float("-inf")) < when]
             for user_id, deleted_at in news:
                 ledger.delete(user_id, deleted_at, self._clock.steady())
-            return len(news)
+            return tuple(user_id for user_id, _ in news)
 
-        return await self._write(work, erases=True) if asked else 0
+        return await self._write(work, erases=True) if asked else ()
 
     async def sweep(self) -> tuple[Resolved, ...]:
         """Expire impressions, drop old entries, and find out whether the log takes entries; never raises.

@@ -32,7 +32,8 @@ class Recorder:
     """Takes interactions and deletions, and tells what they say of a user.
 
     `on_outcome` is called once for each impression that becomes negative or positive, on the event loop. It must not
-    raise, nor wait. A positive that comes after the attribution window counts, but is not told again.
+    raise, nor wait. A positive that comes after the attribution window counts, but is not told again. `on_deleted` is
+    told of each user who is deleted, here or at another server.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Recorder:
         self.clock = clock
         self.limits = limits
         self.on_outcome = on_outcome
+        self.on_deleted: Callable[[str], None] = lambda _: None
         self._log = log
         self._metrics = metrics.interactions
         self._events = events
-        self._replay = None if shared is None else Replay(log, shared, metrics.interactions, events)
+        self._replay = None if shared is None else Replay(log, shared, metrics.interactions, events, self._forgotten)
         self._tasks: list[asyncio.Task[None]] = []
         self._up: bool | None = None
 
@@ -102,6 +104,7 @@ class Recorder:
         """
         deleted_at, seq = await self._log.delete(user_id)
         self._metrics.deleted()
+        self.on_deleted(user_id)
         self._events.info("user_deleted")
         await self._pass_on(seq)
         return deleted_at
@@ -109,6 +112,9 @@ class Recorder:
     async def live(self, user_ids: Iterable[str]) -> Mapping[str, LiveUser]:
         """Return what the log knows of users; those that it knows nothing of are missing."""
         return await self._log.live(user_ids)
+
+    def _forgotten(self, user_id: str) -> None:
+        self.on_deleted(user_id)
 
     def health(self) -> LogHealth:
         """Return whether interactions are taken."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
@@ -30,9 +31,11 @@ class Replay:
         shared: SharedInteractions,
         metrics: InteractionMetrics,
         events: structlog.stdlib.BoundLogger,
+        on_deleted: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._log = log
         self._shared = shared
+        self._on_deleted = on_deleted  # told of users whom other servers have deleted
         self._metrics = metrics
         self._events = events
         self._news = asyncio.Event()
@@ -89,7 +92,8 @@ class Replay:
         done = len(entries) < BATCH
         self._advance(position.seq if done else applied, position.seq)
         if time.monotonic() - self._deletions_asked >= DELETIONS_S:
-            await self._log.take_deletions((await self._shared.deletions()).items())
+            for user_id in await self._log.take_deletions((await self._shared.deletions()).items()):
+                self._on_deleted(user_id)
             self._deletions_asked = time.monotonic()
         return done
 

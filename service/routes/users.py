@@ -34,9 +34,6 @@ async def delete_user(user_id: str, request: Request) -> Response:
     except IdError as error:
         raise RequestError(str(error), "user_id") from error
     deleted_at = await service.interactions.delete(user_id)
-    service.quality.forget(user_id)
-    for engine in service.bundles.engines:
-        engine.forget()  # keys and values of the user's prompts
     answer = DeletedResponse(user_id=user_id, deleted_at=deleted_at, request_id=request.state.request_id)
     return Response(answer.model_dump_json(), media_type="application/json")
 

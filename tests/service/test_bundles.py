@@ -245,6 +245,7 @@ async def test_a_bundle_is_followed_by_its_id(
     await service.changes.follow(family.alike.id)
     with pytest.raises(Exception, match="is not in"):
         await service.changes.follow("f" * 64)
+    assert b'sella_bundle_changes_total{outcome="refused"} 1.0' in service.metrics.text()
     assert await rank(client) == family.alike.id
 
 

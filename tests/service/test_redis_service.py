@@ -1,5 +1,6 @@
 """The routes over Redis: the same scores as from the bundle's tables, and likes that servers share."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -69,3 +70,19 @@ async def test_what_one_server_is_told_the_others_know(
         while after == before:  # a slow Redis is not waited for: it may take a moment
             after = await ranked(other)
         assert after == await ranked(one)
+
+
+async def test_a_user_deleted_at_one_server_leaves_the_memory_of_the_others(
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.interactions.replay.DELETIONS_S", 0.05)
+    publish(redis, bundle)
+    async with (
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "a") as one,
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "b") as other,
+    ):
+        await ranked(other)
+        assert "sella_served_scores 4.0" in (await other.get("/metrics")).text
+        assert (await one.delete("/users/u1")).status_code == 200
+        while "sella_served_scores 0.0" not in (await other.get("/metrics")).text:
+            await asyncio.sleep(0.05)

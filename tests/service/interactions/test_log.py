@@ -231,8 +231,8 @@ async def test_a_deleted_user_leaves_no_bytes_and_cannot_come_back_by_retries(lo
 
 async def test_a_deletion_known_elsewhere_is_taken_once_and_spares_what_came_later(log: EventLog) -> None:
     await log.append([event("old", timestamp=NOW - 10), event("new", timestamp=NOW), event("open", None, NOW)])
-    assert await log.take_deletions([("u1", NOW - 5)]) == 1
-    assert await log.take_deletions([("u1", NOW - 5), ("u1", NOW - 7)]) == 0
+    assert await log.take_deletions([("u1", NOW - 5)]) == ("u1",)
+    assert await log.take_deletions([("u1", NOW - 5), ("u1", NOW - 7)]) == ()
     assert await likes(log) == ["new"] and log.counts("user", ["u1"]) == {"u1": Counts(1, 1)}
     assert [entry.kind for entry in log.read(0, 9)] == ["event", "event", "deletion"]
 
