@@ -14,12 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.bundle import verify
-from tests.training.micro import MICRO
+from tests.training.micro import MICRO, SIZES
+from training.data.synthetic import SyntheticConfig, write_synthetic
 from training.run import read_tensors
 
 FIT = ("-m", "training.cli", "fit")
 # Two processes add the same numbers in another order, and Adam divides by the root of tiny second moments.
 TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fit") / "data"
+    write_synthetic(folder, SyntheticConfig(**SIZES))
+    return folder
 
 
 @pytest.fixture(scope="module")
