@@ -59,6 +59,7 @@ class EventLog:
         self._read_connection: sqlite3.Connection | None = None
         self._reader_error = ""
         self._ever_opened = False
+        self._deleted: dict[str, float] = {}  # for a log that cannot be read any more
 
     async def start(self) -> None:
         """Open the log, if that can be done now."""
@@ -89,7 +90,9 @@ class EventLog:
             deleted_at = max(self._clock.wall(), ledger.newest_timestamp(user_id) or 0.0)
             return deleted_at, ledger.delete(user_id, deleted_at, self._clock.steady())
 
-        return await self._write(work, erases=True)
+        deleted_at, seq = await self._write(work, erases=True)
+        self._deleted[user_id] = deleted_at
+        return deleted_at, seq
 
     async def take_deletions(self, deletions: Iterable[tuple[str, float]]) -> tuple[str, ...]:
         """Forget users whom other servers have deleted, as of the given times; return those who were news.
@@ -107,7 +110,11 @@ class EventLog:
                 ledger.delete(user_id, deleted_at, self._clock.steady())
             return tuple(user_id for user_id, _ in news)
 
-        return await self._write(work, erases=True) if asked else ()
+        if not asked:
+            return ()
+        forgotten = await self._write(work, erases=True)
+        self._deleted.update(asked)
+        return forgotten
 
     async def sweep(self) -> tuple[Resolved, ...]:
         """Expire impressions, drop old entries, and find out whether the log takes entries; never raises.
@@ -155,7 +162,10 @@ class EventLog:
         return self._read(lambda ledger: ledger.counts(of, ids))
 
     async def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
-        """Return likes and deletions of users. Without a log there are none: a score does not fail for that."""
+        """Return likes and deletions of users. Without a log there are no likes: a score does not fail for that.
+
+        Who was deleted stays so for this process, whatever becomes of the file.
+        """
         users = list(user_ids)
         found: dict[str, LiveUser] = {}
         for first in range(0, len(users), USERS_AT_ONCE):
@@ -165,7 +175,11 @@ class EventLog:
             try:
                 found |= self._read(lambda ledger, some=some: ledger.live(some))  # type: ignore[misc]
             except LogUnavailableError:
-                return found
+                break
+        for one in self._deleted.keys() & set(users):
+            known = found.get(one, LiveUser())
+            if known.deleted_at is None:
+                found[one] = LiveUser(known.likes, self._deleted[one])
         return found
 
     def health(self) -> LogHealth:
@@ -200,6 +214,7 @@ class EventLog:
 
     def _opened(self, ledger: Ledger) -> None:
         self._clock.not_before(ledger.last_received())
+        self._deleted = {**self._deleted, **ledger.deletions()}
         self._ever_opened = True
 
     def _read(self, work: Callable[[Ledger], T]) -> T:

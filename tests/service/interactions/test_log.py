@@ -229,6 +229,27 @@ async def test_a_deleted_user_leaves_no_bytes_and_cannot_come_back_by_retries(lo
     assert after.verdicts == ("accepted",) and await likes(log, "victim") == ["back"]
 
 
+async def test_who_was_deleted_stays_so_where_the_log_cannot_be_read_any_more(
+    log: EventLog, new_log: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log.append([event("e1"), event("e2", user_id="u2")])
+    await log.delete("u1")
+    await log.take_deletions([("u2", NOW + 1)])
+    await log.close()
+    again = new_log()
+    await again.start()
+    await again.delete("u3")
+
+    def damaged(*_: object) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr("service.interactions.ledger.Ledger.live", damaged)
+    found = await again.live([f"u{number}" for number in range(1, 50)])
+    assert {one: live.deleted_at for one, live in found.items()} == {"u1": NOW, "u2": NOW + 1, "u3": NOW}
+    assert not again.health().ready
+    await again.close()
+
+
 async def test_a_deletion_known_elsewhere_is_taken_once_and_spares_what_came_later(log: EventLog) -> None:
     await log.append([event("old", timestamp=NOW - 10), event("new", timestamp=NOW), event("open", None, NOW)])
     assert await log.take_deletions([("u1", NOW - 5)]) == ("u1",)
