@@ -1,12 +1,25 @@
 """What becomes of a bundle in Redis once another is current: its keys get an end, and nothing waits for it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import redis
 
 from service.features.keys import BUNDLES, POINTER, BundleKeys
 
 _SCANNED = 2000  # keys that Redis looks at in one step; it answers others in between
+
+# KEYS: meta, then those that get an end. ARGV: the end as meta has it, and as Redis takes it. In one step with the
+# question whether the bundle is still superseded: another publish may be making it current again meanwhile.
+_END = """
+if redis.call('HGET', KEYS[1], 'expires_at') ~= ARGV[1] then return 0 end
+for place = 2, #KEYS do redis.call('EXPIREAT', KEYS[place], ARGV[2]) end
+return 1
+"""
+_ALL_ENDED = """
+if redis.call('HGET', KEYS[1], 'expires_at') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'expired', 1)
+return redis.call('EXPIREAT', KEYS[1], ARGV[2])
+"""
 
 
 def expire_superseded(client: "redis.Redis", current_id: str, tick: Callable[[int], None]) -> int:
@@ -25,30 +38,31 @@ def expire_superseded(client: "redis.Redis", current_id: str, tick: Callable[[in
             continue
         if client.get(POINTER) == bundle_id.encode():  # it became current again meanwhile
             continue
-        moment = int(float(expires_at)) + 1
-        done += _expire(client, (key for key in client.scan_iter(f"{keys.prefix}*", _SCANNED)), moment, tick, done)
-        client.hset(keys.meta, "expired", 1)
-        client.expireat(keys.meta, moment)
+        done += _expire(client, keys, expires_at, tick, done)
     return done
 
 
-def _expire(client: "redis.Redis", keys: Iterable[bytes], moment: int, tick: Callable[[int], None], before: int) -> int:
+def _expire(
+    client: "redis.Redis", keys: BundleKeys, expires_at: bytes | str, tick: Callable[[int], None], before: int
+) -> int:
+    """Give a bundle's keys their end, as long as it stays superseded, and its meta last; return how many got it."""
+    moment = int(float(expires_at)) + 1
     count = 0
-    waiting: list[bytes] = []
-
-    def send() -> None:
-        with client.pipeline(transaction=False) as pipe:
-            for key in waiting:
-                pipe.expireat(key, moment)
-            pipe.execute()
-        waiting.clear()
+    meta = keys.meta.encode()
+    for some in _chunks(key for key in client.scan_iter(f"{keys.prefix}*", _SCANNED) if key != meta):
+        if not client.eval(_END, 1 + len(some), keys.meta, *some, expires_at, moment):
+            return count
+        count += len(some)
         tick(before + count)
+    return count + int(bool(client.eval(_ALL_ENDED, 1, keys.meta, expires_at, moment)))
 
+
+def _chunks(keys: Iterable[bytes]) -> Iterator[list[bytes]]:
+    waiting: list[bytes] = []
     for key in keys:
-        count += 1
         waiting.append(key)
         if len(waiting) == _SCANNED:
-            send()
+            yield waiting
+            waiting = []
     if waiting:
-        send()
-    return count
+        yield waiting

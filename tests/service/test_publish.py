@@ -8,7 +8,7 @@ from models.loading import Bundle
 from service.cli import app
 from service.features.client import open_publisher
 from service.features.keys import BUNDLES, DELETED, POINTER, BundleKeys
-from service.features.publish import Publisher, PublishError, PublishOptions
+from service.features.publish import Published, Publisher, PublishError, PublishOptions
 from tests.redis_server import RedisServer, redis_server
 from tests.service.published import publish
 from tests.tiny import tiny_bundle
@@ -79,6 +79,26 @@ def test_a_superseded_bundle_expires_and_going_back_to_it_ends_that(
         assert client.get(POINTER) == bundle.id.encode()
         assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{old.prefix}*"))
         assert all(client.ttl(key) > 0 for key in client.scan_iter(f"{new.prefix}*"))
+
+
+def test_a_bundle_made_current_again_while_it_is_given_its_end_keeps_all_its_keys(
+    redis: RedisServer, bundle: Bundle, newer: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.features.supersede._SCANNED", 10)
+    publish(redis, bundle)
+    again: list[Published] = []
+
+    def tick(what: str, done: int, total: int) -> None:
+        if what == "expiring" and not again:
+            again.append(publish(redis, bundle))
+
+    publisher = open_publisher(redis.url)
+    Publisher(publisher, newer, PublishOptions(), tick).publish()
+    publisher.close()
+    assert len(again) == 1
+    with redis.client() as client:
+        assert client.get(POINTER) == bundle.id.encode()
+        assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{BundleKeys(bundle.id).prefix}*"))
 
 
 def test_expiring_that_was_cut_short_is_finished_by_a_rerun(
