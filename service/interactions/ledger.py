@@ -30,7 +30,7 @@ class EventConflictError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """An impression that has become negative or positive."""
+    """An impression that has become negative or positive; one that was negative may become positive later."""
 
     interaction: Interaction
     positive: bool
@@ -254,7 +254,7 @@ class Ledger:
             self._count("item", one.item_id, before, after)
         if arrived == POSITIVE:
             self._like(one)
-        return [Resolved(one, after == POSITIVE)] if before == PENDING != after else []
+        return [Resolved(one, after == POSITIVE)] if before != after else []
 
     def _count(self, of: CountOf, one: str, before: int, after: int) -> None:
         impressions, positives = int(before == PENDING != after), int(before != POSITIVE == after)

@@ -31,9 +31,9 @@ def _unheard(_: Interaction, __: bool) -> None:
 class Recorder:
     """Takes interactions and deletions, and tells what they say of a user.
 
-    `on_outcome` is called once for each impression that becomes negative or positive, on the event loop. It must not
-    raise, nor wait. A positive that comes after the attribution window counts, but is not told again. `on_deleted` is
-    told of each user who is deleted, here or at another server.
+    `on_outcome` is called once for each impression that becomes negative or positive, and once more where a negative
+    becomes positive, on the event loop. It must not raise, nor wait. `on_deleted` is told of each user who is deleted,
+    here or at another server.
     """
 
     def __init__(

@@ -100,6 +100,18 @@ async def test_batches_are_idempotent_and_conflicts_name_their_place(
     assert "sella_log_entries 3.0" in text and "sella_log_up 1.0" in text
 
 
+async def test_a_score_labelled_negative_is_labelled_anew_by_a_later_positive(
+    client: httpx.AsyncClient, recording: Collaborators
+) -> None:
+    answer = await rank(client, "u1", candidates=["i7"])
+    shown = {"item_id": "i7", "request_id": answer["request_id"], "position": 1}
+    for event_id, label in (("e1", False), ("e2", True), ("e3", True), ("e4", False)):
+        assert (await post(client, told(event_id, label=label, **shown))).json()["accepted"] == 1
+    text = recording.metrics.text().decode()
+    assert 'sella_outcomes_total{outcome="labelled"} 1.0' in text
+    assert 'sella_outcomes_total{outcome="relabelled"} 1.0' in text
+
+
 async def test_each_impression_is_told_once(client: httpx.AsyncClient, recording: Collaborators) -> None:
     heard: list[tuple[str, bool]] = []
     recording.interactions.on_outcome = lambda one, positive: heard.append((one.event_id, positive))
