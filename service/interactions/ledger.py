@@ -110,9 +110,11 @@ class Ledger:
         """Remember that nothing of deleted users is left in the files."""
         self._db.execute("DELETE FROM meta WHERE key = 'remnants'")
 
-    def newest_timestamp(self, user_id: str) -> float | None:
-        """Return the latest time that any entry of a user names."""
-        newest: float | None = self._value("SELECT max(timestamp) FROM entries WHERE user_id = ?", user_id)
+    def newest_timestamp(self, user_id: str, received_by: float = float("inf")) -> float | None:
+        """Return the latest time that any entry of a user names, of those received up to a moment."""
+        newest: float | None = self._value(
+            "SELECT max(timestamp) FROM entries WHERE user_id = ? AND received <= ?", user_id, received_by
+        )
         return newest
 
     def prune(self, before: float, limit: int) -> int:

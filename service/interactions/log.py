@@ -97,24 +97,29 @@ class EventLog:
     async def take_deletions(self, deletions: Iterable[tuple[str, float]]) -> tuple[str, ...]:
         """Forget users whom other servers have deleted, as of the given times; return those who were news.
 
+        What came here before a deletion goes with it, dated later or not, and the deletion moves to that date: a
+        client's clock may be ahead of ours.
+
         Raises:
             LogUnavailableError: the log cannot be written now.
         """
         known = self._read(lambda ledger: ledger.deletions())
         asked = [(user, when) for user, when in deletions if known.get(user, float("-inf")) < when]
 
-        def work(ledger: Ledger) -> tuple[str, ...]:
+        def work(ledger: Ledger) -> dict[str, float]:
             known = ledger.deletions()
-            news = [(user, when) for user, when in asked if known.get(user, float("-inf")) < when]
-            for user_id, deleted_at in news:
-                ledger.delete(user_id, deleted_at, self._clock.steady())
-            return tuple(user_id for user_id, _ in news)
+            news = {}
+            for user_id, when in asked:
+                if known.get(user_id, float("-inf")) < when:
+                    news[user_id] = max(when, ledger.newest_timestamp(user_id, received_by=when) or when)
+                    ledger.delete(user_id, news[user_id], self._clock.steady())
+            return news
 
         if not asked:
             return ()
         forgotten = await self._write(work, erases=True)
-        self._deleted.update(asked)
-        return forgotten
+        self._deleted.update(forgotten)
+        return tuple(forgotten)
 
     async def sweep(self) -> tuple[Resolved, ...]:
         """Expire impressions, drop old entries, and find out whether the log takes entries; never raises.

@@ -250,6 +250,18 @@ async def test_who_was_deleted_stays_so_where_the_log_cannot_be_read_any_more(
     await again.close()
 
 
+async def test_a_deletion_elsewhere_takes_what_came_before_it_from_a_clock_ahead(log: EventLog, time: FakeTime) -> None:
+    await log.append([event("ahead", timestamp=NOW + 5000)])
+    time.passes(10)
+    assert await log.take_deletions([("u1", NOW + 5)]) == ("u1",)
+    found = (await log.live(["u1"]))["u1"]
+    assert (found.likes, found.deleted_at) == ((), NOW + 5000)
+    time.passes(6000)
+    await log.append([event("back", timestamp=NOW + 6010)])
+    assert await log.take_deletions([("u1", NOW + 5)]) == ()
+    assert await likes(log) == ["back"]
+
+
 async def test_a_deletion_known_elsewhere_is_taken_once_and_spares_what_came_later(log: EventLog) -> None:
     await log.append([event("old", timestamp=NOW - 10), event("new", timestamp=NOW), event("open", None, NOW)])
     assert await log.take_deletions([("u1", NOW - 5)]) == ("u1",)
