@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -140,6 +141,9 @@ class EventLog:
         except LogUnavailableError:
             return ()
         self._metrics.expired(len(resolved))
+        if self._reader_error:  # else it stood in /readyz until the next score
+            with suppress(LogUnavailableError):
+                self.position()
         return resolved
 
     def read(self, after: int, limit: int) -> list[LogEntry]:

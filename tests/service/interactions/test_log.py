@@ -128,6 +128,14 @@ async def test_a_file_that_is_removed_takes_nothing_until_it_is_back(log: EventL
     assert log.health().ready and await likes(log) == ["after", "before"]
 
 
+async def test_a_log_that_can_be_read_again_says_so_by_itself(log: EventLog, path: Path) -> None:
+    away = path.rename(path.with_name("away"))
+    assert await likes(log) == [] and not log.health().ready
+    away.replace(path)
+    await log.sweep()
+    assert log.health().ready
+
+
 async def test_a_folder_that_is_not_there_is_told(new_log: Open, tmp_path: Path) -> None:
     log = new_log(tmp_path / "missing" / "log.sqlite")
     await log.start()
