@@ -6,7 +6,8 @@ answers the candidates that this process does not hold. The script makes keys ou
 Redis or a replicated one, not a cluster.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha1
 from typing import Any
 
@@ -105,7 +106,7 @@ class RedisStore:
             raise KeyError(f"this store is of bundle {self.bundle_id[:12]}, not {bundle_id[:12]}")
         items, missing = self._cache.find(bundle_id, query.item_ids)
         user_ids = sorted(query.user_ids | query.histories_of)
-        try:
+        with _look_up_errors():
             told, records = await self._ask(user_ids, query.histories_of, missing)
             if told[0] != 1:
                 raise LookUpError("bundle_missing", f"Redis does not hold the whole of bundle {bundle_id[:12]}")
@@ -117,14 +118,6 @@ class RedisStore:
             items.update((one, item) for one, item in asked.items() if item is not None)
             users, live = self._users(user_ids, query.histories_of, told[1])
             return Features(users, items, live, self._history_items(told[2]))
-        except RedisTimeoutError as error:
-            raise LookUpError("timeout", "Redis does not answer in time") from error
-        except (RedisConnectionError, OSError) as error:
-            raise LookUpError("down", f"Redis cannot be reached: {error}") from error
-        except (RedisError, RecordError) as error:
-            raise LookUpError("error", f"what Redis answers cannot be used: {error}") from error
-        except ValueError as error:  # text or numbers that are none; the message may quote them
-            raise LookUpError("error", f"what Redis answers cannot be used: {type(error).__name__}") from error
 
     async def _ask(
         self, user_ids: Sequence[str], histories_of: frozenset[str], item_ids: Sequence[str]
@@ -176,16 +169,10 @@ class RedisStore:
         Raises:
             LookUpError: it does not answer, or does not hold the whole bundle.
         """
-        try:
+        with _look_up_errors():
             names = ("bundle_id", "complete", "users", "items", "precision")
             found, complete, *told = await self._client.hmget(self._keys.meta, names)
             users, items, precision = map(_text, told)
-        except RedisTimeoutError as error:
-            raise LookUpError("timeout", "Redis does not answer in time") from error
-        except (RedisConnectionError, OSError) as error:
-            raise LookUpError("down", f"Redis cannot be reached: {error}") from error
-        except (RedisError, ValueError) as error:
-            raise LookUpError("error", f"what Redis answers cannot be used: {error}") from error
         if found != self.bundle_id.encode() or complete != b"1":
             raise LookUpError("bundle_missing", f"Redis does not hold the whole of bundle {self.bundle_id[:12]}")
         return f"redis: {users} users, {items} items in {precision}"
@@ -200,6 +187,21 @@ class RedisStore:
     def forget(self) -> None:
         """Free the bundle's items: it is no longer served."""
         self._cache.forget(self.bundle_id)
+
+
+@contextmanager
+def _look_up_errors() -> Iterator[None]:
+    """Raise as LookUpError what can go wrong between asking Redis and understanding it."""
+    try:
+        yield
+    except RedisTimeoutError as error:
+        raise LookUpError("timeout", "Redis does not answer in time") from error
+    except (RedisConnectionError, OSError) as error:
+        raise LookUpError("down", f"Redis cannot be reached: {error}") from error
+    except (RedisError, RecordError) as error:
+        raise LookUpError("error", f"what Redis answers cannot be used: {error}") from error
+    except ValueError as error:  # text or numbers that are none; the message may quote them
+        raise LookUpError("error", f"what Redis answers cannot be used: {type(error).__name__}") from error
 
 
 def _text(value: bytes | str | None) -> str:
