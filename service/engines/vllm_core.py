@@ -13,6 +13,7 @@ import signal
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import Any, TypeVar
@@ -121,6 +122,8 @@ class VllmCore:
 
         Ctrl-C and a service manager's SIGTERM reach the whole group; the server drains first, and then kills vLLM.
         """
+        # Python starts this process of its own with the first child, and takes the mask off this thread after it.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         self._loop.run_forever()
 
