@@ -10,15 +10,17 @@ import torch
 
 from models.assembly import Assembler
 from models.features import ItemFeatures, Tables
+from models.loading import Bundle
 from models.packs import Branch, Pack, ScoringGroup
 from models.projection import Verbatim
 from models.scorer import score
 from models.scoring_model import ScoringModel
 from models.segments import Segment, SlotKind
-from service.engines.protocol import DistilJob, JobFailedError, ScoreJob
+from service.engines.protocol import BundlePlace, DistilJob, JobFailedError, ScoreJob
 from service.engines.vllm import VllmEngine
 from service.engines.vllm_prompts import PromptWriter
 from tests.models.test_scoring_model import group_for, reference
+from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.anyio
 
@@ -121,3 +123,30 @@ async def test_titles_are_distilled_as_by_the_packed_model(
 @pytest.fixture(scope="module")
 def bundle_tokens(assembler: Assembler, tables: Tables) -> list[int]:
     return [token for title in tables.titles for token in assembler.title(title).token_ids if token]
+
+
+async def test_a_bundle_of_equal_weights_is_attached_and_each_job_gets_its_own_projections(
+    engine: VllmEngine,
+    bundle: Bundle,
+    model: ScoringModel,
+    assembler: Assembler,
+    tables: Tables,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    alike = tiny_bundle(tmp_path_factory.mktemp("alike") / "bundle", rest_seed=7, d_model=128)
+    assert alike.manifest.backbone.merged_id == bundle.manifest.backbone.merged_id
+    group = Draw(5, model, assembler, tables).group()
+    await engine.attach(BundlePlace(alike.folder, alike.id))
+    ids = [bundle.id, alike.id, "", alike.id]
+    outcomes = await engine.score(
+        [ScoreJob(number, time.monotonic() + 120, group, one) for number, one in enumerate(ids)]
+    )
+    own, other = reference(model, group), reference(alike.model(), group)
+    assert not np.allclose(own, other, atol=1e-3)
+    for outcome, expected in zip(outcomes, [own, other, own, other], strict=True):
+        assert not isinstance(outcome, Exception), outcome
+        np.testing.assert_allclose(outcome, expected, atol=FP32)
+    engine.detach(alike.id)
+    [gone] = await engine.score([ScoreJob(9, time.monotonic() + 120, group, alike.id)])
+    assert isinstance(gone, JobFailedError)
+    assert not isinstance((await engine.score([ScoreJob(10, time.monotonic() + 120, group, bundle.id)]))[0], Exception)
