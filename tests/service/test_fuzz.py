@@ -51,7 +51,7 @@ OPERATIONS = [
     ("POST", "/rank", 160),
     ("POST", "/interactions", 160),
     ("DELETE", "/users/{user_id}", 40),
-    ("POST", "/admin/bundle", 80),
+    ("POST", "/admin/bundle", 160),
     ("DELETE", "/admin/bundle/{role}", 10),
     ("GET", "/admin/bundle", 6),
     ("GET", "/livez", 6),
