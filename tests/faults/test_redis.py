@@ -109,7 +109,7 @@ def healthy_again(deployment: Deployment) -> Iterator[None]:
     assert deployment.all_counted()
 
 
-def check(load: Load) -> None:
+def assert_good(load: Load) -> None:
     """No wrong score, and of all requests at least 99 % within their deadline."""
     assert len(load.seen) > 20
     assert not load.wrong
@@ -162,7 +162,7 @@ def test_answers_go_on_and_interactions_arrive(
             mend()
         deployment.tell(10)
         time.sleep(1)
-    check(load)
+    assert_good(load)
 
 
 def test_a_redis_that_holds_another_bundle_is_not_believed(deployment: Deployment) -> None:
@@ -177,7 +177,7 @@ def test_a_redis_that_holds_another_bundle_is_not_believed(deployment: Deploymen
             deployment.tell(10)  # interactions are of no bundle: Redis has them at once
             time.sleep(FAULT_S)
             client.hset(meta, "bundle_id", kept)
-    check(load)
+    assert_good(load)
 
 
 def test_a_service_killed_between_log_and_redis_loses_and_doubles_nothing(deployment: Deployment) -> None:
@@ -191,6 +191,7 @@ def test_a_service_killed_between_log_and_redis_loses_and_doubles_nothing(deploy
         deployment.server.clean_up()
         deployment.server = deployment.start(address.port)
         sent.result(120)
+    assert deployment.all_counted()
 
 
 def test_a_bundle_that_is_published_is_followed_under_load(deployment: Deployment) -> None:

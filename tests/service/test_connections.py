@@ -148,6 +148,7 @@ def test_a_client_that_does_not_read_is_cut_off(server: Listening) -> None:
         except (TimeoutError, ConnectionError):
             pass
         wait_for(lambda: server.cut_off("write_timeout") == before + 1)
+        assert server.cut_off("write_timeout") == before + 1
         # And reset, so that nothing stays behind in the kernel.
         wait_for(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
 

@@ -40,15 +40,15 @@ def rules(kind: str) -> list[dict[str, Any]]:
     return [rule for file in files for group in file["groups"] for rule in group["rules"] if kind in rule]
 
 
-def promtool(*arguments: object, cwd: Path = PROMETHEUS) -> None:
+def assert_promtool_passes(*arguments: object, cwd: Path = PROMETHEUS) -> None:
     done = subprocess.run(["promtool", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_promtool
 def test_configuration_and_rules_are_accepted_and_every_alert_test_passes() -> None:
-    promtool("check", "config", "prometheus.yml")
-    promtool("test", "rules", "tests/alerts.yml")
+    assert_promtool_passes("check", "config", "prometheus.yml")
+    assert_promtool_passes("test", "rules", "tests/alerts.yml")
 
 
 def test_every_alert_is_tested_both_ways_and_says_what_to_do() -> None:
@@ -72,7 +72,7 @@ def test_every_alert_is_tested_both_ways_and_says_what_to_do() -> None:
 def test_every_query_of_every_panel_can_be_read(tmp_path: Path) -> None:
     groups = [{"name": "g", "rules": [{"record": f"r:{i}", "expr": one} for i, one in enumerate(expressions())]}]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
-    promtool("check", "rules", "--lint=none", "rules.yml", cwd=tmp_path)
+    assert_promtool_passes("check", "rules", "--lint=none", "rules.yml", cwd=tmp_path)
 
 
 def test_what_is_asked_of_recording_rules_is_recorded_and_documented() -> None:
