@@ -11,7 +11,7 @@ from service.bundles.registry import Role
 from service.collaborators import Collaborators, collaborators_of
 from service.errors import RequestError
 from service.intake import JsonRoute
-from service.routes.scored import ERRORS
+from service.routes.documented import ERRORS
 from service.schemas import BundleRequest
 
 router = APIRouter(prefix="/admin", tags=["admin"])

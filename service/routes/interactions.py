@@ -10,7 +10,7 @@ from service.errors import ConflictError, LimitError, RequestError
 from service.intake import JsonRoute
 from service.interactions.event import Interaction
 from service.interactions.log import EventConflictError
-from service.routes.scored import ERRORS
+from service.routes.documented import ERRORS
 from service.schemas import InteractionEvent, InteractionsRequest
 from service.settings import DAY_S
 

@@ -7,7 +7,8 @@ from service.collaborators import collaborators_of
 from service.intake import JsonRoute
 from service.quality.served import ServedScore
 from service.questions import questions_of_score
-from service.routes.scored import ERRORS, TimeoutHeader, answer_with, remember, score_for
+from service.routes.documented import ERRORS
+from service.routes.scored import TimeoutHeader, answer_with, remember, score_for
 from service.schemas import ScoreRequest
 
 router = APIRouter(route_class=JsonRoute, tags=["scoring"])

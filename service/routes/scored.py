@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import Header, Request, Response
 from pydantic import BaseModel
 
-from service.answers import ErrorResponse, Skipped
+from service.answers import Skipped
 from service.batcher import DeadlineExceededError
 from service.bundles.shadow import sample
 from service.collaborators import Collaborators, collaborators_of
@@ -34,26 +34,6 @@ TimeoutHeader = Annotated[
         description="Milliseconds until the answer is of no use; then the work is dropped and 504 returned.",
     ),
 ]
-
-_RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
-_CHALLENGE = {"WWW-Authenticate": {"description": "How to send a key.", "schema": {"type": "string"}}}
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The body is not JSON."},
-    401: {"model": ErrorResponse, "description": "No key, or one that is not known.", "headers": _CHALLENGE},
-    403: {"model": ErrorResponse, "description": "The key does not open this route."},
-    408: {"model": ErrorResponse, "description": "The body did not arrive in time."},
-    413: {"model": ErrorResponse, "description": "The body is too long."},
-    415: {"model": ErrorResponse, "description": "The body is not declared as plain JSON."},
-    422: {"model": ErrorResponse, "description": "The body says something that cannot be scored; `field` says where."},
-    429: {
-        "model": ErrorResponse,
-        "description": "Too much work is waiting, or too many requests of one client.",
-        "headers": _RETRY_AFTER,
-    },
-    503: {"model": ErrorResponse, "description": "The engine is not ready, or failed.", "headers": _RETRY_AFTER},
-    504: {"model": ErrorResponse, "description": "The deadline passed."},
-}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from models.ids import IdError, canonical_id
 from service.answers import DeletedResponse, ErrorResponse
 from service.collaborators import collaborators_of
 from service.errors import RequestError
-from service.routes.scored import ERRORS
+from service.routes.documented import ERRORS
 
 router = APIRouter(tags=["admin"])
 
