@@ -68,6 +68,7 @@ async def score_for(
     service = collaborators_of(request)
     timeout_s = (timeout_ms or service.settings.default_timeout_ms) / 1000
     timings = request.state.timings = Timings()
+    live = service.interactions.live
     with service.bundles.take(questions[0].user_id if questions else "") as handle:
         health = handle.engine.health()
         if not health.ready:
@@ -75,13 +76,12 @@ async def score_for(
         try:
             async with asyncio.timeout(timeout_s):
                 deadline = time.monotonic() + timeout_s
-                work = score(questions, handle, on_unknown, deadline, timings, service.interactions.live)
+                work = score(questions, handle, on_unknown, deadline, timings, live)
                 answers, skipped = await _while_connected(request, work)
         except TimeoutError as error:
             raise DeadlineExceededError(f"not scored within {timeout_s:g} s") from error
         scored = Scored(answers, skipped, request.state.request_id, handle.bundle_id, timings.finish())
         _record(service, request, questions, scored)
-        live = service.interactions.live
         service.shadow.offer(
             answers, lambda shadow, until: score(sample(questions), shadow, "skip", until, Timings(), live)
         )
