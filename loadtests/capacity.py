@@ -44,6 +44,22 @@ async def measure(trial: Trial, search: Search, seconds: float) -> Found:
     return await search.highest(step)
 
 
+async def rate_of(trial: Trial, search: Search, seconds: float) -> float:
+    """Return the capacity, for a measurement at a multiple of it.
+
+    Raises:
+        ValueError: the search did not find it, so a multiple would mean nothing.
+    """
+    found = await measure(trial, search, seconds)
+    if not found.bracketed:
+        tried = sorted(rate for rate, _ in found.steps)
+        raise ValueError(
+            f"the capacity is not between {tried[0]:g} and {tried[-1]:g}/s; begin nearer with --first-rate, or allow"
+            " more --most-steps"
+        )
+    return found.rate
+
+
 def main(
     bundle: BundleOption,
     seconds: Annotated[

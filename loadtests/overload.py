@@ -108,20 +108,14 @@ async def measure(
     Raises:
         ValueError: the search did not find the capacity, so a multiple of it would mean nothing.
     """
-    found = await capacity.measure(trial, search, step_s)
-    if not found.bracketed:
-        tried = sorted(rate for rate, _ in found.steps)
-        raise ValueError(
-            f"the capacity is not between {tried[0]:g} and {tried[-1]:g}/s; begin nearer with --first-rate, or allow"
-            " more --most-steps"
-        )
-    CONSOLE.print(f"capacity {found.rate:.3g}/s; now {times:g} times that for {seconds:g} s")
+    capacity_rate = await capacity.rate_of(trial, search, step_s)
+    CONSOLE.print(f"capacity {capacity_rate:.3g}/s; now {times:g} times that for {seconds:g} s")
     before = server.scrape()
     with watched_memory(server.pid) as memory:
-        records = await trial.run(times * found.rate, seconds)
+        records = await trial.run(times * capacity_rate, seconds)
     queue = server.settle()
     refusals = server.scrape().histogram_since(before, REFUSAL_SECONDS)
-    return figures(records, seconds, trial.limit_s, found.rate, refusals, memory, queue)
+    return figures(records, seconds, trial.limit_s, capacity_rate, refusals, memory, queue)
 
 
 def main(

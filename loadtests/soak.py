@@ -134,17 +134,15 @@ async def measure(
     Raises:
         ValueError: the search did not find the capacity.
     """
-    found = await capacity.measure(trial, search, step_s)
-    if not found.bracketed:
-        raise ValueError("the capacity was not found; begin nearer with --first-rate, or allow more --most-steps")
-    CONSOLE.print(f"capacity {found.rate:.3g}/s; now {share:.0%} of that for {seconds:g} s")
+    capacity_rate = await capacity.rate_of(trial, search, step_s)
+    CONSOLE.print(f"capacity {capacity_rate:.3g}/s; now {share:.0%} of that for {seconds:g} s")
     with watched_memory(server.pid) as memory:
         async with Sender(server.url) as send:
             reporting = OpenLoop(send, reports).run(poisson(len(reports) / seconds, seconds, trial.seed))
-            records, reported = await asyncio.gather(trial.run(share * found.rate, seconds), reporting)
+            records, reported = await asyncio.gather(trial.run(share * capacity_rate, seconds), reporting)
     summary = summarize(records, seconds, trial.limit_s)
     events = sum(ask.candidates for ask in reports)
-    return figures(found.rate, summary, reported, events, memory, server.settle())
+    return figures(capacity_rate, summary, reported, events, memory, server.settle())
 
 
 def main(
