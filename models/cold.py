@@ -56,14 +56,16 @@ class TextMap:
 def fit_text_map(semantic_ND: Floats, collab_NC: Floats, weights_N: Floats, ridge: float) -> TextMap:
     """Fit a `TextMap` by weighted ridge regression on trained items; `weights_N` are their interaction counts' trust.
 
-    `ridge` is relative to the mean eigenvalue of the weighted covariance, so that it means the same at any scale.
+    Each dimension of the semantic vectors is measured in its own spread: a language model has a few dimensions hundreds
+    of times as wide as the rest, which would be all that a common ridge leaves. `ridge` is relative to that spread.
     """
     weights = (weights_N / weights_N.sum()).astype(np.float64)
-    center = weights @ semantic_ND
-    offset = weights @ collab_NC
-    centered = semantic_ND - center
-    covariance = centered.T @ (centered * weights[:, None])
-    penalty = ridge * np.trace(covariance) / len(covariance)
-    cross = centered.T @ ((collab_NC - offset) * weights[:, None])
-    weight = np.linalg.solve(covariance + penalty * np.eye(len(covariance)), cross)
-    return TextMap(center.astype(np.float32), weight.astype(np.float32), offset.astype(np.float32))
+    center, offset = weights @ semantic_ND, weights @ collab_NC
+    centered_ND = (semantic_ND - center).astype(np.float64)
+    spread_D = np.sqrt(weights @ centered_ND**2)
+    spread_D = np.where(spread_D > 1e-9 * (spread_D.max(initial=0.0) or 1.0), spread_D, np.inf)
+    weighted_ND = centered_ND / spread_D * np.sqrt(weights)[:, None]
+    wanted_NC = (collab_NC - offset) * np.sqrt(weights)[:, None]
+    system_DD = weighted_ND.T @ weighted_ND + ridge * np.eye(len(spread_D))
+    weight_DC = np.linalg.solve(system_DD, weighted_ND.T @ wanted_NC) / spread_D[:, None]
+    return TextMap(center.astype(np.float32), weight_DC.astype(np.float32), offset.astype(np.float32))

@@ -75,7 +75,7 @@ class AlignConfig(_Frozen):
     item_bias_decay: float = Field(2.0, ge=0, description="L2 on b_i, in interactions")
     bias_rate: float = Field(5.0, gt=0, description="learning rate of the biases, relative")
     semantic_rate: float = Field(0.15, ge=0, description="learning rate of the semantic deltas, relative")
-    ridge: float = Field(1.0, gt=0, description="of the map from text to collab vectors, relative to the variance")
+    ridge: float = Field(0.3, gt=0, description="of the map from text to collab vectors, relative to the text's variance")
     schedule: ScheduleConfig = ScheduleConfig(
         epochs=25, learning_rate=2e-3, batch_targets=1024, evaluations_per_epoch=1, patience=25
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.cold import TextMap, UserPrior, fit_text_map
+from models.cold import TextMap, UserPrior
 from models.collab import MatrixFactorization
 from models.projection import CollabProjection
 from training.config import AlignConfig
@@ -22,6 +22,7 @@ from training.examples import Examples, Targets
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures
 from training.run import Run, read_tensors, write_tensors
+from training.stages.text_prior import items_under_text_prior
 
 
 @dataclass(frozen=True)
@@ -141,13 +142,12 @@ def _finish(
     seen_I: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Fit the ways to make vectors for what was never trained, and fill the tables' cold rows with them."""
-    users_UC, items_IC = factors.user_vectors(), factors.item_vectors()
-    counts_I = np.bincount(train.item_B, minlength=len(items_IC))
-    trained_I = seen_I.numpy()
-    # An item's vector is as sure as it has interactions, up to where its prior stops mattering.
-    trust = counts_I[trained_I] / (counts_I[trained_I] + run.config.align.item_bias_decay + 1.0)
-    text_map = fit_text_map(semantic_ID.numpy()[trained_I], items_IC.numpy()[trained_I], trust, run.config.align.ridge)
-    items_IC[~seen_I] = torch.from_numpy(text_map(semantic_ID.numpy()[~trained_I]))
+    users_UC = factors.user_vectors()
+    config = run.config.align
+    fitted_IC, text_map = items_under_text_prior(
+        users_UC.numpy(), factors.item_vectors().numpy(), semantic_ID.numpy(), train, config
+    )
+    items_IC = torch.from_numpy(fitted_IC)
     prior = fit_prior(examples, train, users_UC.numpy(), items_IC.numpy(), seen_U.numpy())
     users_UC[~seen_U] = torch.from_numpy(prior.mean_C)
     tensors = {
