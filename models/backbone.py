@@ -106,9 +106,13 @@ class Backbone:
         self.model.requires_grad_(False)
         self.model.eval()
 
-    def attach_lora(self, rank: int, alpha: int, dropout: float) -> None:
-        """Attach LoRA to every linear layer of the blocks; the base stays frozen (Table 1, stage 1)."""
+    def attach_lora(self, rank: int, alpha: int, dropout: float, *, cast_inputs: bool = True) -> None:
+        """Attach LoRA to every linear layer of the blocks; the base stays frozen (Table 1, stage 1).
+
+        `cast_inputs` casts an adapter's input to its fp32; autocast would cast it back to bf16 at once.
+        """
         from peft import LoraConfig, get_peft_model  # here, so that scoring alone does not need it
+        from peft.tuners.lora import LoraLayer
 
         if self._has_lora:
             raise BackboneError("LoRA is already attached")
@@ -117,6 +121,9 @@ class Backbone:
         )
         self.model = get_peft_model(self.model, config)
         self._has_lora = True
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = cast_inputs
         # PEFT keeps the layers' names as a set, whose order changes from process to process; files must not.
         self.model.peft_config["default"].target_modules = sorted(cast(set[str], config.target_modules))
 

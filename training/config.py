@@ -32,7 +32,8 @@ class ScheduleConfig(_Frozen):
     gradient_norm: float = Field(1.0, gt=0, description="clipped above this")
     evaluations_per_epoch: int = Field(2, ge=1)
     patience: int = Field(4, ge=1, description="evaluations without a better validation AUC before the stage stops")
-    min_steps: int = Field(0, ge=0, description="small data is gone through more often, until it makes so many")
+    min_steps: int = Field(0, ge=0, description="small data sets run more epochs, until the stage has made this many")
+    max_steps: int | None = Field(None, ge=1, description="the stage ends here, however long its epochs are")
 
 
 class TinyConfig(_Frozen):
@@ -75,19 +76,29 @@ class AlignConfig(_Frozen):
     item_bias_decay: float = Field(2.0, ge=0, description="L2 on b_i, in interactions")
     bias_rate: float = Field(5.0, gt=0, description="learning rate of the biases, relative")
     semantic_rate: float = Field(0.15, ge=0, description="learning rate of the semantic deltas, relative")
-    ridge: float = Field(0.3, gt=0, description="of the map from text to collab vectors, relative to the text's variance")
+    ridge: float = Field(
+        0.3, gt=0, description="of the map from text to collab vectors, relative to the text's variance"
+    )
     schedule: ScheduleConfig = ScheduleConfig(
         epochs=25, learning_rate=2e-3, batch_targets=1024, evaluations_per_epoch=1, patience=25
     )
 
 
 class ProjectConfig(_Frozen):
-    """Stage 3: both projections and the tables, language model frozen (Eqs. 10-11)."""
+    """Stage 3: both projections, language model frozen (Eqs. 10-11)."""
+
+    form: Literal["correction", "paper"] = Field(
+        "correction",
+        description="correction: the language model's logit is added, from weight zero, to stage 2's prediction, and"
+        " stage 2's vectors stay as they are; paper: the logit alone answers, and the vectors are trained too",
+    )
 
     slot_scale: float = Field(1.0, gt=0, description="norm of a projected vector, in mean token embedding norms")
     cold_users: float = Field(0.3, ge=0, le=1, description="share of targets whose user is folded in instead")
     cold_items: float = Field(0.1, ge=0, le=1, description="share of targets whose item is mapped from text instead")
-    table_rate: float = Field(0.1, ge=0, description="learning rate of the tables, relative to the projections'")
+    table_rate: float = Field(
+        0.1, ge=0, description="learning rate of the tables, relative to the projections'; form paper"
+    )
     table_decay: float = Field(0.0, ge=0, description="pull of the tables back to stage 2's")
     # Longer, also at half the rate, stage 3 gathers more noise than it learns of b_u (docs/results.md).
     schedule: ScheduleConfig = ScheduleConfig(epochs=0.6, learning_rate=3e-3, evaluations_per_epoch=2, min_steps=250)

@@ -140,13 +140,15 @@ def shuffled_steps(targets: Targets, batch_targets: int, rng: np.random.Generato
 
 
 def forwards(packs: Iterable[tuple[Pack, Int32]], max_tokens: int) -> Iterator[list[tuple[Pack, Int32]]]:
-    """Batch packs of like length, so that rows times the longest stays under the budget; one pack at least."""
+    """Fill forwards with packs in order, at most `max_tokens` in each but one pack at least."""
     batch: list[tuple[Pack, Int32]] = []
-    for pack, rows in sorted(packs, key=lambda one: one[0].tokens):
-        if batch and (len(batch) + 1) * pack.tokens > max_tokens:
+    tokens = 0
+    for pack, rows in packs:
+        if batch and tokens + pack.tokens > max_tokens:
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append((pack, rows))
+        tokens += pack.tokens
     if batch:
         yield batch
 

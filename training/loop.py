@@ -99,6 +99,8 @@ class StageLoop(Generic[Step]):
         # An epoch of small data counts as long enough to make the least number of steps, and is evaluated as seldom.
         per_epoch = max(len(self._epoch(0)), math.ceil(self.schedule.min_steps / self.schedule.epochs))
         total = max(1, round(self.schedule.epochs * per_epoch))
+        if self.schedule.max_steps is not None and self.schedule.max_steps < total:
+            total, per_epoch = self.schedule.max_steps, math.ceil(self.schedule.max_steps / self.schedule.epochs)
         every = max(1, per_epoch // self.schedule.evaluations_per_epoch)
         if not self.evaluations:
             self._record()

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 from transformers.utils import logging as transformers_logging
 
 from models.loading import PRECISIONS, Bundle
+from models.memory import keep_freed_memory
 from training.config import Config, ConfigError
 from training.data.dataset import Dataset, load_dataset
 from training.data.split import SplitRule
@@ -28,6 +29,7 @@ def new_run(folder: Path, config: Config) -> Run:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.device.type == "cpu":
         # Threads otherwise add up a table's gradients in any order, and no two runs are bit-equal.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from models.loading import Bundle
+from models.prompt_tree import TreeModel
 from models.template import PromptKind, Template
 from training.config import Config
 from training.data.dataset import Dataset
@@ -20,7 +21,7 @@ from training.metrics import auc, paired_difference
 from training.pipeline import TINY, Prepared, fit, prepare
 from training.run import Run, read_tensors
 from training.stages.align import Collab, align
-from training.stages.project import SlotForward, SlotTables, folded_users, initial_projections
+from training.stages.project import Head, SlotForward, SlotTables, folded_users, initial_projections
 
 Variants = dict[str, list[float]]
 
@@ -124,7 +125,8 @@ def _step_zero(run: Run, prepared: Prepared, collab: Collab, valid: Targets, *, 
     projections = initial_projections(run, prepared.backbone, collab, fresh_collab=fresh)
     folded = {valid.split: folded_users(prepared.examples, valid, collab)}
     tables = SlotTables(collab).to(run.device)
-    forward = SlotForward(run, prepared.backbone, projections.to(run.device), tables, folded)
+    model, head = TreeModel(prepared.backbone), Head(0.0, 0.0, 1.0)
+    forward = SlotForward(run, model, projections.to(run.device), tables, head, folded)
     logits_B = forward.predict(prepared.examples, warm)
     area = auc(logits_B[rows], valid.label_B[rows])
     return float("nan") if area is None else area

@@ -21,15 +21,19 @@ def tokens(seed: int, length: int) -> tuple[int, ...]:
     return tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
 
 
-def slotted_pack(seed: int, trunk: int, lengths: list[int]) -> Pack:
-    """A trunk with a user slot, branches with item and warm slots, the last attached halfway."""
-    user = ((SlotKind.USER, trunk // 3),)
+def slotted_pack(seed: int, trunk: int, lengths: list[int], prefix: int = 0) -> Pack:
+    """A trunk with a user slot, branches with item and warm slots, the last attached halfway.
+
+    The first `prefix` tokens of all trunks are the same.
+    """
+    user = ((SlotKind.USER, max(trunk // 3, min(prefix, trunk - 1))),)
     branches = [
         Branch(trunk, Segment(tokens(seed + 1 + i, n + 2), ((SlotKind.ITEM, 0), (SlotKind.WARM, 1))))
         for i, n in enumerate(lengths)
     ]
     branches[-1] = Branch(trunk // 2, branches[-1].segment)
-    return Pack(Segment(tokens(seed, trunk), user), tuple(branches))
+    ids = tokens(0, prefix)[:trunk] + tokens(seed, trunk)[prefix:]
+    return Pack(Segment(ids, user), tuple(branches))
 
 
 def slot_vectors(seed: int, packs: int, branches: int) -> SlotVectors:
@@ -43,9 +47,10 @@ def slot_vectors(seed: int, packs: int, branches: int) -> SlotVectors:
     st.lists(
         st.tuples(st.integers(3, 40), st.lists(st.integers(1, 9), min_size=1, max_size=6)), min_size=1, max_size=4
     ),
+    st.integers(0, 12),
 )
-def test_packed_equals_one_prompt_at_a_time(seed: int, shapes: list[tuple[int, list[int]]]) -> None:
-    packs = [slotted_pack(seed + 100 * i, trunk, lengths) for i, (trunk, lengths) in enumerate(shapes)]
+def test_packed_equals_one_prompt_at_a_time(seed: int, shapes: list[tuple[int, list[int]]], prefix: int) -> None:
+    packs = [slotted_pack(seed + 100 * i, trunk, lengths, prefix) for i, (trunk, lengths) in enumerate(shapes)]
     vectors = slot_vectors(seed, len(packs), sum(len(pack.branches) for pack in packs))
     with torch.no_grad():
         packed = MODEL.logits(lay_out(packs), PROJECTIONS, vectors).sigmoid()
@@ -108,6 +113,16 @@ def test_neighbours_and_order_do_not_change_a_score() -> None:
         ours = MODEL.logits(lay_out([first, second]), PROJECTIONS, vectors)
         theirs = MODEL.logits(lay_out([second, first]), PROJECTIONS, swapped)
     torch.testing.assert_close(ours, theirs[[1, 2, 0]], atol=1e-5, rtol=0)
+
+
+def test_what_all_prompts_begin_with_is_computed_once() -> None:
+    packs = [slotted_pack(seed, 20, [3, 4], prefix=8) for seed in (1, 2, 3)]
+    tree = lay_out(packs)
+    assert tree.root == 8
+    assert len(tree.token_ids_T) == sum(pack.tokens for pack in packs) - 2 * 8
+    attached_early = Pack(packs[0].trunk, (Branch(5, packs[0].branches[0].segment),))
+    assert lay_out([*packs, attached_early]).root == 5
+    assert lay_out(packs[:1]).root == 0
 
 
 def test_vectors_that_do_not_match_the_slots_are_refused() -> None:

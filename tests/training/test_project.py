@@ -12,13 +12,26 @@ from torch import Tensor
 
 from models.backbone import Backbone
 from models.projection import Projections
+from models.prompt_tree import TreeModel
 from tests.training.micro import Trained
 from training.examples import Examples, forwards
+from training.prediction import figures
+from training.report import matrix_factorization_scores
 from training.run import Run, read_tensors
 from training.stages.adapt import adapt
 from training.stages.align import Collab, align
-from training.stages.influence import Influence
-from training.stages.project import KIND, Projected, SlotForward, SlotTables, folded_users, initial_projections, project
+from training.stages.influence import Influence, influence
+from training.stages.project import (
+    KIND,
+    Head,
+    Projected,
+    SlotForward,
+    SlotTables,
+    folded_users,
+    initial_head,
+    initial_projections,
+    project,
+)
 
 Runs = Callable[..., Run]
 SCHEDULE = {"epochs": 0.5, "learning_rate": 0.003}
@@ -46,7 +59,8 @@ def slots(run: Run, examples: Examples, merged: Backbone, collab: Collab) -> Slo
     """Return stage 3's forward before its first step."""
     targets = examples.targets("train", 16)
     folded = {"train": folded_users(examples, targets, collab)}
-    return SlotForward(run, merged, initial_projections(run, merged, collab), SlotTables(collab), folded)
+    projections, head = initial_projections(run, merged, collab), Head(0.0, 0.0, 1.0)
+    return SlotForward(run, TreeModel(merged), projections, SlotTables(collab), head, folded)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +69,7 @@ def moved(
 ) -> dict[str, Tensor]:
     """Stage 3's parameters after its last step."""
     folder = tmp_path_factory.mktemp("project")
-    train(new_run(folder, project={"schedule": SCHEDULE}), examples, merged, collab)
+    train(new_run(folder, project={"schedule": SCHEDULE, "form": "paper"}), examples, merged, collab)
     return last_parameters(folder / "project.safetensors")
 
 
@@ -187,7 +201,7 @@ def test_what_is_always_dropped_is_never_trained(
     shares: dict[str, float],
     still: set[str],
 ) -> None:
-    run = new_run(tmp_path, project={**shares, "schedule": {"epochs": 0.3, "learning_rate": 0.003}})
+    run = new_run(tmp_path, project={**shares, "form": "paper", "schedule": {"epochs": 0.3, "learning_rate": 0.003}})
     train(run, examples, merged, collab)
     now = last_parameters(tmp_path / "project.safetensors")
     changed = {
@@ -229,6 +243,36 @@ def test_the_collab_projection_starts_as_stage_2s_up_to_scale(
         items_IC = collab.item_vectors_IC[collab.item_trained_I]
         assert float(projections.collab(items_IC).norm(dim=-1).mean()) == pytest.approx(norm, rel=1e-4)
         assert float(projections.warm(collab.semantic_ID).norm(dim=-1).mean()) == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_correction_begins_at_stage_2_and_never_ends_below_it(
+    new_run: Runs, examples: Examples, merged: Backbone, collab: Collab, tmp_path: Path
+) -> None:
+    run = new_run(tmp_path, project={"schedule": SCHEDULE, "slot_scale": 0.5})
+    result = train(run, examples, merged, collab)
+    valid = examples.targets("valid", 16)
+    stage_2 = figures(matrix_factorization_scores(examples, collab, "valid"), valid)
+    assert run.config.project.form == "correction"
+    assert result.evaluations[0]["auc"] == pytest.approx(stage_2["auc"], abs=1e-6)
+    assert figures(result.valid_logits_B, valid)["auc"] >= stage_2["auc"] - 1e-6
+    now = last_parameters(tmp_path / "project.safetensors")
+    assert float(now["head.lm_weight"]) != 0
+    start = initial_projections(run, merged, collab)
+    for name, one in start.named_parameters():
+        assert not torch.equal(now[f"projections.{name}"], one.detach()), name
+    assert torch.equal(result.tables["user_vectors"], collab.user_vectors_UC)
+    assert torch.equal(result.tables["item_vectors"], collab.item_vectors_IC)
+
+
+def test_the_head_starts_without_what_own_labels_did(
+    new_run: Runs, examples: Examples, collab: Collab, tmp_path: Path
+) -> None:
+    """With them, stage 2 looks surer on its own train rows than it is on others."""
+    run, train_rows = new_run(tmp_path), examples.targets("train", 16)
+    own_label = influence(collab, train_rows, run.config.align)
+    nothing = Influence(torch.zeros_like(own_label.user_BC), torch.zeros_like(own_label.item_BC))
+    slope = float(initial_head(run, collab, train_rows, own_label).slope)
+    assert 0 < slope < float(initial_head(run, collab, train_rows, nothing).slope)
 
 
 def test_a_fresh_projection_knows_nothing_of_stage_2(

@@ -32,7 +32,7 @@ def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
     config = run.config.adapt
     backbone = load_backbone(source, dtype=DTYPES[run.config.dtype], device=str(run.device))
     torch.manual_seed(derived_seed(run.config.seed, "lora"))
-    backbone.attach_lora(config.rank, config.alpha, config.dropout)
+    backbone.attach_lora(config.rank, config.alpha, config.dropout, cast_inputs=not run.config.autocast)
     if run.config.gradient_checkpointing:
         backbone.checkpoint_activations()
     model = TreeModel(backbone)

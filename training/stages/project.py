@@ -4,6 +4,11 @@ Table 1: language model and LoRA frozen; collab vectors, semantic vectors and bo
 is a misprint: it is Eq. 5's cross-entropy on Fig. 4's prompt. The cold paths are part of the training: at random, a
 target's user is folded in from its history and its item mapped from its text, so that the language model has seen both.
 
+In the paper's form the language model's logit is the answer, and on a small model or little data it ends below the
+matrix factorisation that it reads. The default form begins at stage 2 and can only add: the answer's logit is the
+calibrated collaborative prediction plus the language model's logit times a weight that starts at zero. The vectors stay
+as stage 2 left them, since the prediction is made of them.
+
 Shapes: K targets of a forward, B rows, U users, I items, C = d_C, D = d_L.
 """
 
@@ -12,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from models.backbone import Backbone
@@ -27,6 +33,7 @@ from training.stages.align import Collab
 from training.stages.influence import Influence, influence
 
 KIND = PromptKind.PROJECT
+HEAD_RATE = 5.0  # learning rate of the head, relative to the projections'
 
 
 class SlotTables(nn.Module):
@@ -86,6 +93,34 @@ class SlotTables(nn.Module):
         }
 
 
+class Head(nn.Module):
+    """How the language model's logit becomes the stage's answer."""
+
+    def __init__(self, slope: float, intercept: float, lm_weight: float) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope))
+        self.intercept = nn.Parameter(torch.tensor(intercept))
+        self.lm_weight = nn.Parameter(torch.tensor(lm_weight))
+
+    def forward(self, lm_K: Tensor, collab_K: Tensor) -> Tensor:
+        """Return the answers' logits, `(K,)`."""
+        return self.slope * collab_K + self.intercept + self.lm_weight * lm_K
+
+
+def initial_head(run: Run, collab: Collab, train: Targets, own_label: Influence) -> Head:
+    """Return the head that the stage starts from: stage 2 calibrated on train, each row without its own label.
+
+    In the paper's form, the language model's logit as it is, and nothing to train.
+    """
+    if run.config.project.form == "paper":
+        return Head(0.0, 0.0, 1.0).requires_grad_(False)
+    users_BC = collab.user_vectors_UC[torch.from_numpy(train.user_B).long()] - own_label.user_BC
+    items_BC = collab.item_vectors_IC[torch.from_numpy(train.item_B).long()] - own_label.item_BC
+    predicted_B1 = (users_BC * items_BC).sum(-1, keepdim=True).double().numpy()
+    fitted = LogisticRegression(C=1e6).fit(predicted_B1, train.label_B > 0, train.weight_B)
+    return Head(float(max(fitted.coef_[0, 0], 0.0)), float(fitted.intercept_[0]), 0.0)
+
+
 @dataclass(frozen=True)
 class Projected:
     """What stage 3 leaves: the tables, the projections, and its validation logits."""
@@ -124,6 +159,7 @@ class SlotForward:
     model: TreeModel
     projections: Projections
     tables: SlotTables
+    head: Head
     folded: dict[str, Tensor]  # split -> each row's user as if never trained, (B, C)
 
     def __call__(
@@ -150,7 +186,8 @@ class SlotForward:
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.autocast):
             tree = lay_out([pack for pack, _ in batch]).to(device)
-            return self.model.logits(tree, self.projections, vectors)
+            lm_K = self.model.logits(tree, self.projections, vectors)
+        return self.head(lm_K, (vectors.user_UC * vectors.item_KC).sum(-1))
 
     def predict(self, examples: Examples, targets: Targets) -> np.ndarray:
         """Return the logits of a split's targets, `(B,)`."""
@@ -166,7 +203,8 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     folded = {targets.split: folded_users(examples, targets, collab) for targets in (train, valid)}
     own_label = influence(collab, train, run.config.align)
     tables = SlotTables(collab).to(run.device)
-    forward = SlotForward(run, TreeModel(backbone), projections.to(run.device), tables, folded)
+    head = initial_head(run, collab, train, own_label).to(run.device)
+    forward = SlotForward(run, TreeModel(backbone), projections.to(run.device), tables, head, folded)
 
     def evaluate() -> dict[str, float]:
         return figures(forward.predict(examples, judged), judged)
@@ -177,7 +215,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
         cold_B2 = torch.from_numpy(rng.random((len(train), 2), dtype=np.float32)) < share
         return [(groups, cold_B2) for groups in steps]
 
-    loop = StageLoop(run, "project", _rates(tables, projections, run), config.schedule, plan, evaluate)
+    loop = StageLoop(run, "project", _rates(tables, projections, head, run), config.schedule, plan, evaluate)
     if not loop.restore():
         for groups, cold_B2 in loop.steps():
             total = float(train.weight_B[np.concatenate(groups)].sum())
@@ -201,11 +239,14 @@ def folded_users(examples: Examples, targets: Targets, collab: Collab) -> Tensor
 
 
 def _rates(
-    tables: SlotTables, projections: Projections, run: Run
+    tables: SlotTables, projections: Projections, head: Head, run: Run
 ) -> list[tuple[dict[str, nn.Parameter], float, float]]:
     config = run.config.project
-    return [
-        ({f"projections.{name}": one for name, one in projections.named_parameters()}, 1.0,
-         config.schedule.weight_decay),
-        ({f"tables.{name}": one for name, one in tables.named_parameters()}, config.table_rate, config.table_decay),
-    ]  # fmt: skip
+    decay = config.schedule.weight_decay
+    rates = [({f"projections.{name}": one for name, one in projections.named_parameters()}, 1.0, decay)]
+    if config.form == "paper":
+        named = {f"tables.{name}": one for name, one in tables.named_parameters()}
+        return [*rates, (named, config.table_rate, config.table_decay)]
+    tables.requires_grad_(False)
+    # Three numbers, one of which starts at zero and lets no gradient through to the projections until it moves.
+    return [*rates, ({f"head.{name}": one for name, one in head.named_parameters()}, HEAD_RATE, 0.0)]

@@ -1,9 +1,9 @@
 """Stage 2's last step: an item's vector is what its text predicts, corrected by its labels.
 
-Matrix factorisation pulls the vector of an item with few labels towards the mean item. A language model knows more than
-the mean: a ridge map from semantic vectors predicts a vector for every item, and the items' vectors are fitted again, the
-users' fixed, with that prediction in the mean's place. The prediction for an item comes from a map fitted without it
-(folds by item); otherwise its own labels would count twice. Not in the paper.
+Matrix factorisation pulls the vector of an item with few labels towards the mean item. A language model knows more
+than the mean: a ridge map from semantic vectors predicts a vector for every item, and the items' vectors are fitted
+again, with the users' fixed and that prediction in the mean's place. The prediction for an item comes from a map fitted
+without it (folds by item); otherwise its own labels would count twice. Not in the paper.
 
 Shapes: B train rows, N rows of an item, I items, F free dimensions of an item's vector, C = d_C, D = d_L.
 """
