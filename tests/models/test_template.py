@@ -11,20 +11,29 @@ TOKENIZER = tiny_tokenizer()
 TEMPLATE = Template(TemplateConfig(), TextEncoder(TOKENIZER))
 
 
+def text_of(template: Template, kind: PromptKind) -> str:
+    """One prompt in words, every slot by its name."""
+    titles = template.titles(["Heat", "Alien", "Brazil"])
+    prompt = template.instruction(kind) + template.user_segment(kind, titles[:2]) + template.candidate(kind, titles[2])
+    text, start = "", 0
+    for slot, index in prompt.slots:
+        text += TOKENIZER.decode(list(prompt.token_ids[start:index])) + slot
+        start = index + 1
+    return text + TOKENIZER.decode(list(prompt.token_ids[start:]))
+
+
 def test_a_prompt_reads_as_figure_4_says() -> None:
-    titles = TEMPLATE.titles(["Heat", "Alien"])
-    prompt = (
-        TEMPLATE.instruction(PromptKind.PROJECT)
-        + TEMPLATE.user_segment(PromptKind.PROJECT, titles)
-        + TEMPLATE.candidate(PromptKind.PROJECT, TEMPLATE.titles(["Brazil"])[0])
-    )
-    slots = {index for _, index in prompt.slots}
-    words = TOKENIZER.decode([token for index, token in enumerate(prompt.token_ids) if index not in slots])
-    assert words.endswith(
-        "MovieList:\nHeat\nAlien\nThe user's feature is.\nThe target movie's feature is"
+    paper = Template(TemplateConfig(style="paper"), TextEncoder(TOKENIZER))
+    assert text_of(paper, PromptKind.PROJECT).endswith(
+        "MovieList:\nHeat\nAlien\nThe user's feature is<User_ID>.\nThe target movie's feature is<Item_ID><Warm_ID>"
         "\nTarget Movie:\nBrazil\nAnswer:\n"
     )
-    assert [kind for kind, _ in prompt.slots] == [SlotKind.USER, SlotKind.ITEM, SlotKind.WARM]
+
+
+def test_a_compact_prompt_holds_the_same_parts() -> None:
+    liked = "The user likes these movies:\nHeat\nAlien\n"
+    assert text_of(TEMPLATE, PromptKind.ADAPT) == f"{liked}Brazil good?\n"
+    assert text_of(TEMPLATE, PromptKind.PROJECT) == f"{liked}User <User_ID>\n<Item_ID><Warm_ID>Brazil good?\n"
 
 
 def test_figure_2_has_no_slots_and_figure_3_is_the_title_alone() -> None:
@@ -37,6 +46,9 @@ def test_figure_2_has_no_slots_and_figure_3_is_the_title_alone() -> None:
 def test_nouns_are_parameters() -> None:
     books = Template(TemplateConfig(noun="book", plural="books"), TextEncoder(TOKENIZER))
     text = TOKENIZER.decode(list(books.instruction(PromptKind.ADAPT).token_ids))
+    assert text == "The user likes these books:\n"
+    paper = Template(TemplateConfig(noun="book", plural="books", style="paper"), TextEncoder(TOKENIZER))
+    text = TOKENIZER.decode(list(paper.instruction(PromptKind.ADAPT).token_ids))
     assert "BookList:" in text and "movie" not in text.lower()
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from models.backbone import Backbone, load_backbone
 from models.projection import Verbatim
 from models.prompt_tree import SlotVectors, TreeModel, lay_out
-from models.template import PromptKind, Template, TemplateConfig
+from models.template import PromptKind, Template, TemplateConfig, prompt_words
 from training.config import TinyConfig
 from training.data.dataset import Dataset
 from training.data.history import Histories
@@ -226,10 +226,4 @@ def _liked_lists(examples: Examples, size: int, rng: np.random.Generator) -> Ite
 def _template_words(config: TemplateConfig) -> list[str]:
     """Return the words a prompt is made of, and the answers as they follow the cue."""
     noun = config.noun[:1].upper() + config.noun[1:]
-    return [
-        f"A user has given high ratings to the following {config.plural}. Given the {config.noun} list, the user's"
-        f" feature and a target {config.noun}'s feature and title. Please use all available information to identify"
-        f" whether the user would like the target {config.noun} by answering 'Yes.' or 'No.'",
-        f"{noun}List:\nThe user's feature is.\nThe target {config.noun}'s feature is\nTarget {noun}:\nAnswer:\nYes",
-        f"No {config.plural} yet.\n{noun}: \nAnswer:\nNo",
-    ]
+    return [*prompt_words(config), "Yes", "No", f"No {config.plural} yet.\n{noun}: "]
