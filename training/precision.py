@@ -12,7 +12,7 @@ from training.data.dataset import Dataset
 from training.data.history import build_histories
 from training.evaluate import Scorer, score_split
 from training.metrics import auc, log_loss_difference, paired_difference
-from training.run import Progress
+from training.progress import Progress
 from training.start import open_scorer
 
 

@@ -5,7 +5,7 @@ checkpoint, so that a killed run resumes where it was.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.config import Config
+from training.progress import TaskProgress
 
 
 class RunError(ValueError):
@@ -27,11 +28,6 @@ class RunError(ValueError):
 
 
 Shared = TypeVar("Shared", list[Any], Tensor)
-Progress = Callable[[int, int], None]  # (done, total)
-
-
-def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
 
 
 class Run:
@@ -95,8 +91,14 @@ class Run:
         return summed
 
     @contextmanager
-    def progress(self, title: str, total: int, done: int = 0) -> Iterator[Bars]:
-        """Show one bar with the time left; the task's id is 0."""
+    def progress(self, title: str, total: int, done: int = 0, *, unit: str = "step") -> Iterator[TaskProgress]:
+        """Show a task of the main process: one bar on a terminal, else a line at its begin, its end and between."""
+        if not (self.is_main and self.console.is_terminal):
+            lines = TaskProgress(title, total, done, unit=unit, say=self._say_line)
+            lines.begin()
+            yield lines
+            lines.end()
+            return
         columns = (
             TextColumn(f"{title:<18}"),
             BarColumn(),
@@ -106,9 +108,22 @@ class Run:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        with Bars(*columns, console=self.console, disable=not self.is_main) as progress:
-            progress.add_task("", total=total, completed=done)
-            yield progress
+        with Bars(*columns, console=self.console) as bars:
+            task = bars.add_task("", total=total, completed=done)
+
+            def draw(done: int, total: int, text: str) -> None:
+                bars.update(task, completed=done, total=total, description=text)
+
+            yield TaskProgress(title, total, done, unit=unit, draw=draw)
+
+    def inner_progress(self, title: str, total: int) -> TaskProgress:
+        """Report rows of a part of a task whose own bar may be on the screen: lines, and none on a terminal."""
+        say = None if self.console.is_terminal else self._say_line
+        return TaskProgress(title, total, unit="row", say=say)
+
+    def _say_line(self, line: str) -> None:
+        if self.is_main:
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from models.masked import lay_out, masked_logits
 from models.packed import PackedModel
 from models.packs import Pack
 from models.template import PromptKind
-from training.examples import Examples, Int32, answer_loss, forwards, rows_of, shuffled_steps
+from training.examples import Examples, Int32, answer_loss, forwards, rows_in, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures, predict
 from training.run import Run, read_tensors, write_json, write_tensors
@@ -52,7 +52,7 @@ def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
 
     parameters = {name: one for name, one in backbone.model.named_parameters() if one.requires_grad}
     rates = [(parameters, 1.0, config.schedule.weight_decay)]
-    loop = StageLoop(run, "adapt", rates, config.schedule, plan, evaluate)
+    loop = StageLoop(run, "adapt", rates, config.schedule, plan, evaluate, rows=rows_in)
     if not loop.restore():
         for groups in loop.steps():
             backbone.model.train()
