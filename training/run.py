@@ -5,7 +5,8 @@ checkpoint, so that a killed run resumes where it was.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.config import Config
-from training.progress import TaskProgress
+from training.progress import Lines, TaskProgress
 
 
 class RunError(ValueError):
@@ -33,11 +34,19 @@ Shared = TypeVar("Shared", list[Any], Tensor)
 class Run:
     """One `fit`, possibly one process of several."""
 
-    def __init__(self, folder: Path, config: Config, accelerator: Accelerator, console: Console) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        accelerator: Accelerator,
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.folder = folder
         self.config = config
         self.accelerator = accelerator
         self.console = console
+        self.lines = Lines(self._write_line, clock)
 
     @property
     def device(self) -> torch.device:
@@ -94,10 +103,10 @@ class Run:
     def progress(self, title: str, total: int, done: int = 0, *, unit: str = "step") -> Iterator[TaskProgress]:
         """Show a task of the main process: one bar on a terminal, else a line at its begin, its end and between."""
         if not (self.is_main and self.console.is_terminal):
-            lines = TaskProgress(title, total, done, unit=unit, say=self._say_line)
-            lines.begin()
-            yield lines
-            lines.end()
+            progress = TaskProgress(self.lines, title, total, done, unit=unit)
+            progress.begin()
+            yield progress
+            progress.end()
             return
         columns = (
             TextColumn(f"{title:<18}"),
@@ -114,15 +123,14 @@ class Run:
             def draw(done: int, total: int, text: str) -> None:
                 bars.update(task, completed=done, total=total, description=text)
 
-            yield TaskProgress(title, total, done, unit=unit, draw=draw)
+            yield TaskProgress(self.lines, title, total, done, unit=unit, draw=draw)
 
     def inner_progress(self, title: str, total: int) -> TaskProgress:
-        """Report rows of a part of a task whose own bar may be on the screen: lines, and none on a terminal."""
-        say = None if self.console.is_terminal else self._say_line
-        return TaskProgress(title, total, unit="row", say=say)
+        """Report the rows of a part of a task, such as a stage's evaluation: lines, and nothing beside a bar."""
+        return TaskProgress(self.lines, title, total, unit="row")
 
-    def _say_line(self, line: str) -> None:
-        if self.is_main:
+    def _write_line(self, line: str) -> None:
+        if self.is_main and not self.console.is_terminal:
             self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 

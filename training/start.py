@@ -18,7 +18,7 @@ from training.config import Config, ConfigError
 from training.data.dataset import Dataset, load_dataset
 from training.data.split import SplitRule
 from training.evaluate import Scorer
-from training.progress import Progress, TaskProgress
+from training.progress import Lines, Progress, TaskProgress
 from training.run import Run
 
 
@@ -69,7 +69,8 @@ def progress_bar(title: str) -> Iterator[Progress]:
     """Show a bar on stderr, so that standard output holds the result alone; a line every 30 s where it is a file."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield TaskProgress(title, 0, unit="row", say=lambda line: print(line, file=sys.stderr, flush=True)).count
+        lines = Lines(lambda line: print(line, file=sys.stderr, flush=True))
+        yield TaskProgress(lines, title, 0, unit="row").count
         return
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Bars(*columns, console=console, transient=True) as bars:

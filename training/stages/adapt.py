@@ -93,7 +93,10 @@ def distil_items(run: Run, examples: Examples, backbone: Backbone) -> Tensor:
         mine = run.share(list(range(len(prompts))))
         if mine:
             packed = PackedModel(backbone)
-            vectors[mine] = torch.from_numpy(packed.distil([prompts[row] for row in mine], run.config.max_tokens))
+            progress = run.inner_progress("item vectors", len(mine))
+            vectors[mine] = torch.from_numpy(
+                packed.distil([prompts[row] for row in mine], run.config.max_tokens, progress.count)
+            )
         vectors = run.sum(vectors.to(run.device)).cpu()
         if run.is_main:
             write_tensors(path, {"semantic": vectors})
