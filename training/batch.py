@@ -18,7 +18,8 @@ from models.ids import IdError, canonical_id
 from models.loading import Bundle
 from training.data.errors import DataError
 from training.evaluate import Scorer
-from training.run import Progress, no_progress, write_json
+from training.progress import Progress, no_progress
+from training.run import write_json
 
 MAX_TOKENS = 4096
 GROUPS_AT_ONCE = 64

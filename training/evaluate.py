@@ -20,7 +20,7 @@ from models.template import window_start
 from training.data.dataset import Dataset
 from training.data.history import Histories
 from training.metrics import REPLICATES, evaluate_scores
-from training.run import Progress, no_progress
+from training.progress import Progress, no_progress
 
 GROUPS_AT_ONCE = 64  # groups handed to the model together, so that forwards fill up and memory stays bounded
 

@@ -208,6 +208,59 @@ def test_precision_tells_what_another_type_changes(trained: Trained, dtype: str)
     assert f"in {dtype}" in sella_train("precision", *arguments).stdout
 
 
+def tied(data: Path, folder: Path) -> Path:
+    """Write the data again with a negative of the same second behind each row."""
+    folder.mkdir()
+    (folder / "items.parquet").write_bytes((data / "items.parquet").read_bytes())
+    for name in ("train", "valid"):
+        rows = pl.read_parquet(data / f"{name}.parquet").head(200).with_row_index("row")
+        shadows = rows.with_columns(label=pl.lit(0, rows.schema["label"]))
+        both = pl.concat([rows, shadows]).sort("row", maintain_order=True)
+        both.drop("row").write_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def test_fit_describes_the_data_reports_every_stage_and_stores_the_rule_for_ties(
+    trained: Trained, tmp_path: Path
+) -> None:
+    data, out = tied(trained.data, tmp_path / "tied"), tmp_path / "bundle"
+    frames = {name: pl.read_parquet(data / f"{name}.parquet") for name in ("train", "valid")}
+    options = ("--config", config_file(tmp_path), "--ties", "file-order")
+    result = sella_train("fit", "--data", data, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    told = result.stdout.splitlines()
+    for name, frame in frames.items():
+        [row] = [line.split() for line in told if line.startswith(f"{name} ")]
+        assert row[1:4] == [str(frame.height), *(str(frame[key].n_unique()) for key in ("user_id", "item_id"))]
+        assert row[4] == f"{frame['label'].mean():.1%}"
+        positives = int(frame["label"].sum())  # the shadow of each has it in its history by file order alone
+        assert row[8] == str(positives)
+        assert f"ties file-order: {positives} of 400 {name} rows get another history than by strict" in told
+    for stage in ("pretrain", "adapt", "align", "project"):
+        [first] = [place for place, line in enumerate(told) if line.startswith(f"{stage}: step 0 of ")]
+        [last] = [place for place, line in enumerate(told) if line.startswith(f"{stage}: ") and "finished" in line]
+        assert first < last and "rows a second" in told[last] and "loss" in told[last]
+    assert Bundle.open(out).manifest.training["ties"] == "file-order"
+
+    evaluate = ("evaluate", "--bundle", out, "--data", data, "--split", "valid", "--json")
+    own, strict = sella_train(*evaluate), sella_train(*evaluate, "--ties", "strict")
+    assert "of 400 valid rows get another history" in own.stderr and strict.stderr == ""
+    assert json.loads(own.stdout)["all"] != json.loads(strict.stdout)["all"]
+    assert json.loads(own.stdout)["all"]["auc"] == Bundle.open(out).manifest.metrics["all"]["auc"]
+
+
+def test_evaluate_uses_the_strict_rule_of_a_bundle_trained_so(trained: Trained, tmp_path: Path) -> None:
+    data = tied(trained.data, tmp_path / "tied")
+    common = ("--bundle", trained.bundle, "--data", data, "--split", "valid", "--json")
+    own, strict, published = (
+        sella_train("evaluate", *common, *more) for more in ((), ("--ties", "strict"), ("--ties", "file-order"))
+    )
+    assert own.stdout == strict.stdout != published.stdout
+    assert own.stderr == "" and "ties file-order" in published.stderr
+    told = sella_train("precision", *common, "--dtype", "float32", "--ties", "file-order")
+    assert json.loads(told.stdout)["own"]["auc"] == pytest.approx(json.loads(published.stdout)["all"]["auc"]["value"])
+
+
 def test_evaluate_names_a_split_that_is_not_there(trained: Trained) -> None:
     line = refused("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split", "tset")
     assert "'tset'" in line
