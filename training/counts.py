@@ -28,8 +28,8 @@ class RowCounts:
     item_positives_B: Counted
 
 
-def static_counts(dataset: Dataset, split: str, tables: Tables) -> RowCounts:
-    """Return the counts of the dataset's train split; of the bundle where the dataset has no train split.
+def static_counts(dataset: Dataset, split: str, tables: Tables | None = None) -> RowCounts:
+    """Return the counts of the dataset's train split; those of a bundle's tables where it has no train split.
 
     Rows of train itself are counted live: the counts of all of train hold each row's own label.
     """
@@ -42,7 +42,7 @@ def static_counts(dataset: Dataset, split: str, tables: Tables) -> RowCounts:
     return RowCounts(*_total(train, frame, "user_id"), *_total(train, frame, "item_id"))
 
 
-def live_counts(dataset: Dataset, split: str, tables: Tables, delay: float = 0.0) -> RowCounts:
+def live_counts(dataset: Dataset, split: str, tables: Tables | None = None, delay: float = 0.0) -> RowCounts:
     """Return the counts of all rows of all splits earlier than each row's timestamp minus `delay` seconds.
 
     Without a train split in the dataset the bundle's counts come first, as in the service.
@@ -90,7 +90,10 @@ def _total(train: pl.DataFrame, frame: pl.DataFrame, column: str) -> tuple[Count
     return joined["impressions"].fill_null(0).to_numpy(), joined["positives"].fill_null(0).to_numpy()
 
 
-def _bundle_counts(frame: pl.DataFrame, kind: str, tables: Tables) -> tuple[Counted, Counted]:
+def _bundle_counts(frame: pl.DataFrame, kind: str, tables: Tables | None) -> tuple[Counted, Counted]:
+    if tables is None:
+        nothing = np.zeros(frame.height, np.int64)
+        return nothing, nothing
     ids, counts_E2 = (
         (tables.user_ids, tables.user_counts_U2) if kind == "user" else (tables.item_ids, tables.item_counts_I2)
     )

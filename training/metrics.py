@@ -266,9 +266,7 @@ def _differences(
     return {name: _interval(samples["ours", name] - samples["theirs", name]) for name in metrics}
 
 
-def _user_areas(
-    scores_B: NDArray[np.floating], labels_B: NDArray[np.floating], user_B: NDArray[np.integer]
-) -> Floats:
+def _user_areas(scores_B: NDArray[np.floating], labels_B: NDArray[np.floating], user_B: NDArray[np.integer]) -> Floats:
     """Return each user's AUC by code, (U,), NaN where a class is missing: a rank sum within users, ties counted half.
 
     U = sum of the positives' mid-ranks - n1 (n1 + 1) / 2; AUC = U / (n1 n0).
