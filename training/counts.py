@@ -3,7 +3,7 @@
 Static: the counts of the train split, for every row alike. Live: all rows of all splits that came before the row, as a
 service counts that is told every outcome after a delay. Rows of the same second as the row never count.
 
-Shapes: B rows of a split, N rows of all splits, E users or items.
+Shapes: B rows of a split, N rows that may be counted, E users or items.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,32 @@ from numpy.typing import NDArray
 
 from models.features import Tables
 from training.data.dataset import Dataset
+from training.data.errors import DataError
 
 Counted = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Which rows are known at a row: static by default, else live after a delay in seconds."""
+
+    live: bool = False
+    delay: float = 0.0
+
+    def known(self, dataset: Dataset, split: str) -> tuple[list[str], NDArray[np.float64]]:
+        """Return the splits that are counted, and before which moment for each row of `split`, `(B,)`.
+
+        Rows of train itself are counted live always: the counts of all of train hold each row's own label.
+        """
+        times_B = dataset.splits[split]["timestamp"].cast(pl.Float64).to_numpy()
+        if not self.live and split != "train":
+            return [name for name in dataset.splits if name == "train"], np.full(len(times_B), np.inf)
+        # A bundle's counts, which stand in for a train split, hold valid already.
+        splits = [name for name in dataset.splits if "train" in dataset.splits or name != "valid"]
+        return splits, times_B - self.delay
+
+
+STATIC, LIVE = Counting(), Counting(live=True)
 
 
 @dataclass(frozen=True)
@@ -28,37 +52,47 @@ class RowCounts:
     item_positives_B: Counted
 
 
-def static_counts(dataset: Dataset, split: str, tables: Tables | None = None) -> RowCounts:
-    """Return the counts of the dataset's train split; those of a bundle's tables where it has no train split.
+def row_counts(dataset: Dataset, split: str, counting: Counting, tables: Tables | None = None) -> RowCounts:
+    """Return the counts known at every row of a split.
 
-    Rows of train itself are counted live: the counts of all of train hold each row's own label.
+    Where the dataset has no train split the counts of a bundle's tables come first, as in the service.
+
+    Raises:
+        DataError: without a train split, these counts hold the labels of valid.
     """
-    if split == "train":
-        return live_counts(dataset, split, tables)
+    if split == "valid" and "train" not in dataset.splits:
+        raise DataError("valid: the bundle's counts hold its labels; add train to the folder, so that they are left out")
     frame = dataset.splits[split]
-    if "train" not in dataset.splits:
-        return RowCounts(*_bundle_counts(frame, "user", tables), *_bundle_counts(frame, "item", tables))
-    train = dataset.splits["train"]
-    return RowCounts(*_total(train, frame, "user_id"), *_total(train, frame, "item_id"))
-
-
-def live_counts(dataset: Dataset, split: str, tables: Tables | None = None, delay: float = 0.0) -> RowCounts:
-    """Return the counts of all rows of all splits earlier than each row's timestamp minus `delay` seconds.
-
-    Without a train split in the dataset the bundle's counts come first, as in the service.
-    """
-    everything = pl.concat(
-        frame.select("user_id", "item_id", "label", pl.col("timestamp").cast(pl.Float64))
-        for frame in dataset.splits.values()
-    )
-    frame = dataset.splits[split]
-    before_B = frame["timestamp"].cast(pl.Float64).to_numpy() - delay
-    user = _earlier(everything, frame, "user_id", before_B)
-    item = _earlier(everything, frame, "item_id", before_B)
-    if "train" not in dataset.splits:
-        user = _add(user, _bundle_counts(frame, "user", tables))
-        item = _add(item, _bundle_counts(frame, "item", tables))
+    splits, before_B = counting.known(dataset, split)
+    columns = ["user_id", "item_id", "label", pl.col("timestamp").cast(pl.Float64)]
+    known = pl.concat([frame.select(columns).clear(), *(dataset.splits[name].select(columns) for name in splits)])
+    user, item = (_counts(known, frame, column, before_B) for column in ("user_id", "item_id"))
+    if "train" not in dataset.splits and tables is not None:
+        user = _add(user, _bundle_counts(frame["user_id"], tables.user_ids, tables.user_counts_U2))
+        item = _add(item, _bundle_counts(frame["item_id"], tables.item_ids, tables.item_counts_I2))
     return RowCounts(*user, *item)
+
+
+def counted_before(
+    key_N: Counted,
+    label_N: NDArray[np.integer],
+    time_N: NDArray[np.float64],
+    key_B: Counted,
+    before_B: NDArray[np.float64],
+) -> tuple[Counted, Counted]:
+    """Return how many of N rows have the key and lie strictly before the moment of each of B, and their positives.
+
+    Keys are not negative.
+    """
+    # One integer orders by key, then by time; times enter by their rank, so that nothing is rounded.
+    times, rank_N = np.unique(time_N, return_inverse=True)
+    place_N = key_N * (len(times) + 1) + rank_N
+    order = np.argsort(place_N, kind="stable")
+    place_N = place_N[order]
+    positives = np.concatenate([[0], np.cumsum(label_N[order], dtype=np.int64)])
+    first_B = np.searchsorted(place_N, key_B * (len(times) + 1))
+    end_B = np.searchsorted(place_N, key_B * (len(times) + 1) + np.searchsorted(times, before_B))
+    return end_B - first_B, positives[end_B] - positives[first_B]
 
 
 def counts_by_id(frame: pl.DataFrame, column: str) -> pl.DataFrame:
@@ -68,40 +102,18 @@ def counts_by_id(frame: pl.DataFrame, column: str) -> pl.DataFrame:
     )
 
 
-def _earlier(
-    rows: pl.DataFrame, frame: pl.DataFrame, column: str, before_B: NDArray[np.float64]
+def _counts(
+    known: pl.DataFrame, frame: pl.DataFrame, column: str, before_B: NDArray[np.float64]
 ) -> tuple[Counted, Counted]:
-    """Return how many of `rows` with the same id lie before each moment, and how many of them are positive."""
-    codes = rows[column].unique(maintain_order=True)
-    code_N, code_B = _codes(rows[column], codes), _codes(frame[column], codes)
-    # One integer orders by id, then by time; times enter by their rank, so that nothing is rounded.
-    times, rank_N = np.unique(rows["timestamp"].to_numpy(), return_inverse=True)
-    key_N = code_N * (len(times) + 1) + rank_N
-    order = np.argsort(key_N, kind="stable")
-    key_N = key_N[order]
-    positives = np.concatenate([[0], np.cumsum(rows["label"].to_numpy()[order], dtype=np.int64)])
-    first = np.searchsorted(key_N, code_B * (len(times) + 1))
-    end = np.searchsorted(key_N, code_B * (len(times) + 1) + np.searchsorted(times, before_B))
-    return end - first, positives[end] - positives[first]
+    codes = pl.concat([known[column], frame[column]]).unique(maintain_order=True)
+    code_N, code_B = _places(known[column], codes), _places(frame[column], codes)
+    return counted_before(code_N, known["label"].to_numpy(), known["timestamp"].to_numpy(), code_B, before_B)
 
 
-def _total(train: pl.DataFrame, frame: pl.DataFrame, column: str) -> tuple[Counted, Counted]:
-    joined = frame.select(column).join(counts_by_id(train, column), on=column, how="left", maintain_order="left")
-    return joined["impressions"].fill_null(0).to_numpy(), joined["positives"].fill_null(0).to_numpy()
-
-
-def _bundle_counts(frame: pl.DataFrame, kind: str, tables: Tables | None) -> tuple[Counted, Counted]:
-    if tables is None:
-        nothing = np.zeros(frame.height, np.int64)
-        return nothing, nothing
-    ids, counts_E2 = (
-        (tables.user_ids, tables.user_counts_U2) if kind == "user" else (tables.item_ids, tables.item_counts_I2)
-    )
+def _bundle_counts(ids_B: pl.Series, ids: list[str], counts_E2: NDArray[np.integer]) -> tuple[Counted, Counted]:
     # The last row is that of an id that the bundle does not know.
     known_E2 = np.concatenate([np.asarray(counts_E2, np.int64), np.zeros((1, 2), np.int64)])
-    places = pl.DataFrame({"id": pl.Series(list(ids), dtype=pl.String), "place": np.arange(len(ids), dtype=np.int64)})
-    joined = frame[f"{kind}_id"].alias("id").to_frame().join(places, on="id", how="left", maintain_order="left")
-    found_B2 = known_E2[joined["place"].fill_null(len(ids)).to_numpy()]
+    found_B2 = known_E2[_places(ids_B, pl.Series(ids, dtype=pl.String))]
     return found_B2[:, 0], found_B2[:, 1]
 
 
@@ -109,8 +121,8 @@ def _add(first: tuple[Counted, Counted], second: tuple[Counted, Counted]) -> tup
     return first[0] + second[0], first[1] + second[1]
 
 
-def _codes(values: pl.Series, distinct: pl.Series) -> Counted:
-    """Return for each value its place among the distinct ones, all of which hold it."""
-    places = pl.DataFrame({"id": distinct, "code": np.arange(len(distinct), dtype=np.int64)})
+def _places(values: pl.Series, distinct: pl.Series) -> Counted:
+    """Return for each value its place among the distinct ones; the number of these where it is not among them."""
+    places = pl.DataFrame({"id": distinct, "place": np.arange(len(distinct), dtype=np.int64)})
     joined = values.alias("id").to_frame().join(places, on="id", how="left", maintain_order="left")
-    return joined["code"].to_numpy()
+    return joined["place"].fill_null(len(distinct)).to_numpy()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.counts import RowCounts, live_counts, static_counts
+from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
 from training.data.dataset import Dataset
 
 # Few users, items and seconds: most draws hold rows of one second, within a split and across splits.
@@ -62,7 +62,7 @@ def test_live_counts_are_the_rows_strictly_earlier_than_the_delay(
         [other for other in everything if other["timestamp"] < one["timestamp"] - delay]
         for one in data.splits[name].iter_rows(named=True)
     ]
-    assert columns(live_counts(data, name, delay=delay)) == counted(data, name, known)
+    assert columns(row_counts(data, name, Counting(live=True, delay=delay))) == counted(data, name, known)
 
 
 @settings(max_examples=100, deadline=None)
@@ -72,17 +72,17 @@ def test_static_counts_are_all_of_train_for_every_row(
 ) -> None:
     data = dataset(train=train, valid=valid)
     everything = list(data.splits["train"].iter_rows(named=True))
-    assert columns(static_counts(data, "valid")) == counted(data, "valid", [everything] * len(valid))
+    assert columns(row_counts(data, "valid", STATIC)) == counted(data, "valid", [everything] * len(valid))
 
 
 def test_rows_of_train_never_count_their_own_label() -> None:
     data = dataset(train=[(0, 0, True, 1), (0, 1, True, 2), (0, 0, False, 2)])
-    assert columns(static_counts(data, "train")) == [[0, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]]
+    assert columns(row_counts(data, "train", STATIC)) == [[0, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]]
 
 
 def test_fractions_of_a_second_are_told_apart() -> None:
     data = dataset(train=[(0, 0, True, 1700000000.25)], test=[(0, 0, True, 1700000000.5), (0, 1, True, 1700000000.25)])
-    assert live_counts(data, "test").user_impressions_B.tolist() == [2, 0]
+    assert row_counts(data, "test", LIVE).user_impressions_B.tolist() == [2, 0]
 
 
 @pytest.mark.timeout(60)
@@ -98,7 +98,7 @@ def test_a_million_rows_are_counted_in_seconds() -> None:
         }
     )
     data = Dataset(pl.DataFrame(), {"train": whole})
-    counts = live_counts(data, "train")
+    counts = row_counts(data, "train", LIVE)
     # Of two rows of an item, at most one counts the other.
     rows_I = whole["item_id"].value_counts()["count"].to_numpy()
     assert 0 <= (rows_I * (rows_I - 1) // 2).sum() - counts.item_impressions_B.sum() < 100

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from models.fusion import INPUTS, SIGNED, Fusion, Known, Rates, Weight
-from training.counts import RowCounts, live_counts, static_counts
+from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
 from training.data.dataset import Dataset
 from training.fusion import cross_fitted, fit_fusion, fit_rates, scores_of
 
@@ -23,10 +23,8 @@ class World:
     user_BC: np.ndarray
     item_BC: np.ndarray
     user_B: np.ndarray
+    labels_B: np.ndarray
 
-    @property
-    def labels_B(self) -> np.ndarray:
-        return self.dataset.splits["valid"]["label"].to_numpy()
 
     def known(self, counts: RowCounts) -> Known:
         cold = np.zeros(len(self.lm_B), bool)
@@ -36,7 +34,7 @@ class World:
         )  # fmt: skip
 
     def ways(self) -> list[Known]:
-        return [self.known(static_counts(self.dataset, "valid")), self.known(live_counts(self.dataset, "valid"))]
+        return [self.known(row_counts(self.dataset, "valid", counting)) for counting in (STATIC, LIVE)]
 
 
 def world(label_of: Callable[..., np.ndarray], *, rows: int = 4000, valid: int = 2000, seed: int = 0) -> World:
@@ -63,6 +61,7 @@ def world(label_of: Callable[..., np.ndarray], *, rows: int = 4000, valid: int =
         user_UC[user_N[part]].astype(np.float32),
         item_IC[item_N[part]].astype(np.float32),
         user_N[part],
+        frame["label"].to_numpy()[part],
     )
 
 
@@ -96,7 +95,7 @@ def test_without_anything_to_learn_no_label_leaks_into_a_cross_fitted_score(seed
 )
 def test_the_test_above_can_see_a_leak(delay: float, leak: str) -> None:
     drawn = world(at_random)
-    leaking = [drawn.known(live_counts(drawn.dataset, "valid", delay=delay))]
+    leaking = [drawn.known(row_counts(drawn.dataset, "valid", Counting(live=True, delay=delay)))]
     [scores_B] = cross_fitted(leaking, drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
     assert roc_auc_score(drawn.labels_B, scores_B) > 0.6, leak
 
