@@ -84,7 +84,7 @@ def evaluate(
     """Judge a bundle on a split: AUC, UAUC, log-loss, calibration error, with user-bootstrap intervals."""
     with one_line_errors():
         from training.data.history import build_histories
-        from training.evaluate import judge, score_split
+        from training.evaluate import judge, known_by_model, score_split
         from training.start import open_scorer, progress_bar, read_data
 
         opened, scorer = open_scorer(bundle, device, dtype)
@@ -92,7 +92,7 @@ def evaluate(
         histories = build_histories(dataset)
         with progress_bar(f"scoring {split}") as progress:
             raw_B = score_split(scorer, dataset, histories, split, 4096, progress)
-        report = judge(opened.calibration()(raw_B), dataset, histories, split, scorer.tables)
+        report = judge(opened.fusion()(known_by_model(raw_B)), dataset, histories, split, scorer.tables)
         if as_json:
             print(json.dumps(report))
         else:

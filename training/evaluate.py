@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from models.assembly import AssembledUser, Assembler, history_window
 from models.features import Floats, ItemFeatures, Tables, UserFeatures
+from models.fusion import Counts, Fusion, Known, Weight, raw_logits
 from models.ids import IdError
-from models.loading import Calibration
 from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
 from models.template import window_start
@@ -52,6 +52,11 @@ class Scorer:
         """Assemble a user under the bundle's stored history; one the bundle has never heard of has none."""
         user = self.tables.user(user_id)
         return self.user(user, user.history if user else (), user.history_total if user else 0)
+
+    def user_counts(self, user_id: str) -> Counts:
+        """Return the bundle's counts of a user; zero for one that it has never heard of."""
+        user = self.tables.user(user_id)
+        return Counts() if user is None else user.counts
 
     def user(self, user: UserFeatures | None, history: Sequence[str], total: int) -> AssembledUser:
         """Assemble a user under the tail of a history of `total` catalogue items.
@@ -141,17 +146,24 @@ def cold_rows(dataset: Dataset, split: str, tables: Tables) -> tuple[NDArray[np.
     return ~frame["user_id"].is_in(users).to_numpy(), ~frame["item_id"].is_in(items).to_numpy()
 
 
-def fit_calibration(raw_B: Floats, labels_B: NDArray[np.floating]) -> Calibration:
+def fit_calibration(raw_B: Floats, labels_B: NDArray[np.floating]) -> Fusion:
     """Fit slope and intercept of the logit by maximum likelihood (Platt); identity where that would not increase."""
     if len(np.unique(labels_B > 0)) < 2:
-        return Calibration()
+        return Fusion()
     from sklearn.linear_model import LogisticRegression
 
-    clipped = np.clip(raw_B.astype(np.float64), 1e-7, 1 - 1e-7)
-    logits_B1 = (np.log(clipped) - np.log1p(-clipped))[:, None]
-    fitted = LogisticRegression(C=1e6).fit(logits_B1, labels_B > 0)
+    fitted = LogisticRegression(C=1e6).fit(raw_logits(raw_B)[:, None], labels_B > 0)
     slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
-    return Calibration(slope=slope, intercept=intercept) if slope > 1e-3 else Calibration()
+    if slope <= 1e-3:
+        return Fusion()
+    return Fusion(intercept=intercept, weights={"lm": Weight(value=slope, low=slope, high=slope)})
+
+
+def known_by_model(raw_B: Floats) -> Known:
+    """Return raw scores alone as what is known of B pairs: enough for the fusion of `fit_calibration`."""
+    nothing_B, unknown_B2 = np.zeros(len(raw_B), np.int64), np.zeros((len(raw_B), 2), np.float32)
+    counts = nothing_B, nothing_B, nothing_B, nothing_B
+    return Known(raw_logits(raw_B), unknown_B2, unknown_B2, *counts, nothing_B > 0, nothing_B > 0)
 
 
 def _runs(user_B: NDArray[np.int32], length_B: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:

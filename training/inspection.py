@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from models.assembly import known_pairs
 from models.bundle import Manifest
 from models.features import ItemFeatures
 from models.ids import IdError, canonical_id
@@ -37,6 +38,8 @@ def describe_prompt(
     group = scorer.assembler.group(assembled, [item])
     prompt = group.pack.trunk + group.pack.branches[0].segment
     raw = scorer.model.score([group])[0]
+    counts = scorer.user_counts(canonical_id(user_id))
+    known = known_pairs(raw, group, (counts, assembled.cold), [(item.counts, not item.trained)])
     described: dict[str, Any] = {
         "bundle_id": bundle.id,
         "user_id": user_id,
@@ -56,7 +59,7 @@ def describe_prompt(
         },
         "titles_cut": assembled.titles_cut + (scorer.assembler.title(item.title).cut > 0),
         "raw_score": float(raw[0]),
-        "score": float(bundle.calibration()(raw)[0]),
+        "score": float(bundle.fusion()(known)[0]),
     }
     if with_vectors:
         described["slot_vectors"] = _projected(scorer, group.user_1C[0], item)

@@ -257,7 +257,7 @@ def test_inspect_shows_what_a_bundle_holds(trained: Trained, bundle: Bundle) -> 
         "projection.safetensors",
         "users.parquet",
         "items.parquet",
-        "calibration.json",
+        "fusion.json",
         "fold_in.json",
     ],
 )

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from models.backbone import Backbone
-from models.loading import Calibration
+from models.fusion import Fusion
 from tests.training.micro import Trained
 from training.data.dataset import Dataset, load_dataset
 from training.data.history import Histories, build_histories
-from training.evaluate import Scorer, cold_rows, fit_calibration, judge, score_split
+from training.evaluate import Scorer, cold_rows, fit_calibration, judge, known_by_model, score_split
 from training.examples import Examples
 from training.pipeline import Prepared, _scorer
 from training.run import Run
@@ -153,8 +153,8 @@ def test_a_split_without_cold_rows_says_so(scorer: Scorer, dataset: Dataset, his
 def test_the_report_of_fit_is_the_judgement_of_the_bundle_on_valid(
     trained: Trained, bundle: object, scorer: Scorer, dataset: Dataset, histories: Histories, raw_valid: np.ndarray
 ) -> None:
-    calibration = Calibration.model_validate_json((trained.bundle / "calibration.json").read_text())
-    judged = judge(calibration(raw_valid), dataset, histories, "valid", scorer.tables)
+    fusion = Fusion.model_validate_json((trained.bundle / "fusion.json").read_text())
+    judged = judge(fusion(known_by_model(raw_valid)), dataset, histories, "valid", scorer.tables)
     for part in ("all", "warm", "cold"):
         for metric in ("auc", "uauc", "log_loss", "ece"):
             assert trained.report[part][metric] == pytest.approx(judged[part][metric], abs=1e-4)
@@ -168,10 +168,11 @@ def test_calibration_never_changes_a_ranking(seed: int, steepness: float, shift:
     raw_B = rng.random(300).astype(np.float32)
     labels_B = (rng.random(300) < 1 / (1 + np.exp(-(steepness * logit(raw_B) + shift)))).astype(np.float32)
     calibration = fit_calibration(raw_B, labels_B)
-    calibrated = calibration(np.linspace(0.01, 0.99, 99, dtype=np.float32))
+    calibrated = calibration(known_by_model(np.linspace(0.01, 0.99, 99, dtype=np.float32)))
+    slope = calibration.weights["lm"].value
     assert (np.diff(calibrated) >= 0).all()
-    assert calibration.slope > 0
-    if 0.1 < calibration.slope < 2:
+    assert slope > 0
+    if 0.1 < slope < 2:
         assert (np.diff(calibrated) > 0).all()
 
 
@@ -181,11 +182,11 @@ def test_calibration_recovers_a_known_distortion() -> None:
     labels_B = (rng.random(40_000) < 1 / (1 + np.exp(-true_B))).astype(np.float32)
     raw_B = (1 / (1 + np.exp(-(2 * true_B - 1)))).astype(np.float32)
     calibration = fit_calibration(raw_B, labels_B)
-    assert calibration.slope == pytest.approx(0.5, abs=0.02)
+    assert calibration.weights["lm"].value == pytest.approx(0.5, abs=0.02)
     assert calibration.intercept == pytest.approx(0.5, abs=0.04)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], [1, 1, 0]])
 def test_calibration_is_left_alone_where_it_could_not_increase(labels: list[int]) -> None:
     raw_B = np.array([0.2, 0.3, 0.9], np.float32)
-    assert fit_calibration(raw_B, np.array(labels, np.float32)) == Calibration()
+    assert fit_calibration(raw_B, np.array(labels, np.float32)) == Fusion()
