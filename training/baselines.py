@@ -29,7 +29,8 @@ WORD = re.compile(r"\w+")
 
 def collab_scores(user_BC: Floats, item_BC: Floats) -> Floats:
     """Return stage 2's prediction of the label, `(B,)`: the vectors' inner product, kept between 0.01 and 0.99."""
-    return np.clip(np.einsum("bc,bc->b", user_BC, item_BC), 0.01, 0.99).astype(np.float32)
+    predicted: Floats = np.clip(np.einsum("bc,bc->b", user_BC, item_BC), 0.01, 0.99).astype(np.float32)
+    return predicted
 
 
 def rate_scores(rates: Rates, counts: RowCounts) -> Floats:

@@ -6,6 +6,7 @@ service counts that is told every outcome after a delay. Rows of the same second
 Shapes: B rows of a split, N rows that may be counted, E users or items.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,9 @@ def row_counts(dataset: Dataset, split: str, counting: Counting, tables: Tables 
         DataError: without a train split, these counts hold the labels of valid.
     """
     if split == "valid" and "train" not in dataset.splits:
-        raise DataError("valid: the bundle's counts hold its labels; add train to the folder, so that they are left out")
+        raise DataError(
+            "valid: the bundle's counts hold its labels; add train to the folder, so that they are left out"
+        )
     frame = dataset.splits[split]
     splits, before_B = counting.known(dataset, split)
     columns = ["user_id", "item_id", "label", pl.col("timestamp").cast(pl.Float64)]
@@ -110,10 +113,10 @@ def _counts(
     return counted_before(code_N, known["label"].to_numpy(), known["timestamp"].to_numpy(), code_B, before_B)
 
 
-def _bundle_counts(ids_B: pl.Series, ids: list[str], counts_E2: NDArray[np.integer]) -> tuple[Counted, Counted]:
+def _bundle_counts(ids_B: pl.Series, ids: Sequence[str], counts_E2: NDArray[np.integer]) -> tuple[Counted, Counted]:
     # The last row is that of an id that the bundle does not know.
     known_E2 = np.concatenate([np.asarray(counts_E2, np.int64), np.zeros((1, 2), np.int64)])
-    found_B2 = known_E2[_places(ids_B, pl.Series(ids, dtype=pl.String))]
+    found_B2 = known_E2[_places(ids_B, pl.Series(list(ids), dtype=pl.String))]
     return found_B2[:, 0], found_B2[:, 1]
 
 

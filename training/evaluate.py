@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.assembly import AssembledUser, Assembler, history_window
 from models.features import Floats, ItemFeatures, Tables, UserFeatures
-from models.fusion import Known, raw_logits
+from models.fusion import Counts, Known, raw_logits
 from models.ids import IdError
 from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
@@ -54,6 +54,11 @@ class Scorer:
         """Assemble a user under the bundle's stored history; one the bundle has never heard of has none."""
         user = self.tables.user(user_id)
         return self.user(user, user.history if user else (), user.history_total if user else 0)
+
+    def user_counts(self, user_id: str) -> Counts:
+        """Return the bundle's counts of a user; zero for one that it has never heard of."""
+        user = self.tables.user(user_id)
+        return Counts() if user is None else user.counts
 
     def user(self, user: UserFeatures | None, history: Sequence[str], total: int) -> AssembledUser:
         """Assemble a user under the tail of a history of `total` catalogue items.
@@ -162,9 +167,7 @@ def judge(
         report[name] = {"rows": int(chosen.sum())}
         if chosen.any():
             report[name] |= _as_dict(
-                evaluate_scores(
-                    scores[SCORE][chosen], labels_B[chosen], rows.user_code[chosen], replicates=replicates
-                )
+                evaluate_scores(scores[SCORE][chosen], labels_B[chosen], rows.user_code[chosen], replicates=replicates)
             )
         else:
             nothing = {"value": None, "low": None, "high": None}

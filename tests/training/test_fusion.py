@@ -25,7 +25,6 @@ class World:
     user_B: np.ndarray
     labels_B: np.ndarray
 
-
     def known(self, counts: RowCounts) -> Known:
         cold = np.zeros(len(self.lm_B), bool)
         return Known(

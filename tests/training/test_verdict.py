@@ -1,5 +1,3 @@
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +66,8 @@ def test_live_counts_change_the_score_and_what_is_counted_and_nothing_else(
     waiting = judged(bundle, scorer, scored_test, whole, Counting(live=True, delay=10.0**9))
     train_alone = Dataset(whole.items, {name: whole.splits[name] for name in ("train", "test")})
     assert waiting["scorers"]["rates"]["auc"]["value"] == 0.5  # nothing is known so early
-    assert judged(bundle, scorer, scored_test, train_alone, STATIC)["all"] == static["all"]
+    again = judged(bundle, scorer, scored_test, train_alone, STATIC)
+    assert again["all"]["log_loss"]["value"] == pytest.approx(static["all"]["log_loss"]["value"])
 
 
 def test_without_train_the_bundles_counts_stand_in_and_boosting_is_left_out(
@@ -93,12 +92,13 @@ def test_without_train_the_bundles_counts_stand_in_and_boosting_is_left_out(
 def test_fit_judges_valid_by_fusions_of_other_users_and_says_what_valid_chose(
     trained: Trained, scorer: Scorer, dataset: Dataset, histories: Histories, scored_valid: ScoredSplit
 ) -> None:
-    fusion, report = fit_and_judge(scored_valid, dataset, histories, scorer.tables, 0)
+    fusion, report, live_B = fit_and_judge(scored_valid, dataset, histories, scorer.tables, 0)
     labels_B, users_B = dataset.splits["valid"]["label"].to_numpy(), histories.of_split("valid").user_code
     rates = fit_rates(dataset.splits["train"])
     known = [scored_valid.known(row_counts(dataset, "valid", counting)) for counting in (STATIC, LIVE)]
     assert fusion == fit_fusion(known, labels_B, users_B, rates)
     live = report[WITH_LIVE_COUNTS]
+    np.testing.assert_array_equal(live_B, cross_fitted(known, labels_B, users_B, rates)[1])
     for part, scores_B in zip((report, live), cross_fitted(known, labels_B, users_B, rates), strict=True):
         assert part["all"]["auc"]["value"] == pytest.approx(roc_auc_score(labels_B, scores_B))
         assert part["chosen on valid"] == ["checkpoints"]
@@ -142,7 +142,9 @@ def test_a_delay_holds_back_likes_from_histories(whole: Dataset) -> None:
     everything = pl.concat([frame.select("user_id", "label", "timestamp") for frame in whole.splits.values()])
     for row, one in enumerate(whole.splits["test"].iter_rows(named=True)):
         known = everything.filter(
-            (pl.col("user_id") == one["user_id"]) & (pl.col("label") == 1) & (pl.col("timestamp") < times_B[row] - delay)
+            (pl.col("user_id") == one["user_id"])
+            & (pl.col("label") == 1)
+            & (pl.col("timestamp") < times_B[row] - delay)
         )
         assert len(delayed.history("test", row)) == known.height
     assert (delayed.of_split("test").length < histories.of_split("test").length).any()
