@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier
+from threadpoolctl import threadpool_limits
 
 from models.features import Floats
 from models.fusion import Rates
@@ -109,7 +110,9 @@ class Boosting:
             monotonic_cst=[1] * RATES + [0] * (features_NF.shape[1] - RATES),
             random_state=seed,
         )
-        trees.fit(features_NF[latest_N], labels_N[latest_N], train["weight"].to_numpy()[latest_N])
+        # Threads add up gradients in any order; the report is part of the bundle's id, so one thread must do.
+        with threadpool_limits(1, "openmp"):
+            trees.fit(features_NF[latest_N], labels_N[latest_N], train["weight"].to_numpy()[latest_N])
         return cls(trees, rates, titles)
 
     def scores(

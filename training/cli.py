@@ -295,7 +295,7 @@ def show_precision(console: Console, report: dict[str, Any]) -> None:
 def show_report(console: Console, split: str, report: dict[str, Any]) -> None:
     """Print an evaluation: the score on groups of rows, then its verdict."""
     table = Table(f"on {split}", "rows", "AUC", "UAUC", "log-loss", "ECE", title_justify="left")
-    for name, label in {"all": "all", "warm": "warm", "cold": "cold", "history": "history of 2 titles"}.items():
+    for name, label in {"all": "all", "warm": "warm", "cold": "cold", "history": "2 titles or more"}.items():
         cells = [_interval(report[name][metric]) for metric in METRICS]
         table.add_row(label, f"{report[name]['rows']:,}", *cells)
     console.print(table)
