@@ -119,6 +119,11 @@ def raw_logits(raw_K: Floats) -> Doubles:
     return np.asarray(np.log(clipped) - np.log1p(-clipped), np.float64)
 
 
+def probabilities(logits_K: Doubles) -> Doubles:
+    """Return the probabilities of logits, `(K,)`."""
+    return np.asarray(1 / (1 + np.exp(-logits_K)), np.float64)
+
+
 class Fusion(BaseModel):
     """The weights of `score`, as the bundle holds them."""
 
@@ -147,7 +152,7 @@ class Fusion(BaseModel):
 
     def __call__(self, known: Known) -> Floats:
         """Return `score`, `(K,)`: calibrated probabilities."""
-        return (1 / (1 + np.exp(-self.logits(known)))).astype(np.float32)
+        return probabilities(self.logits(known)).astype(np.float32)
 
 
 def fusion_inputs(known: Known, rates: Rates) -> dict[str, Doubles]:

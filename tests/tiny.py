@@ -62,6 +62,7 @@ def tiny_bundle(
     template: TemplateConfig | None = None,
     d_model: int = D_MODEL,
     reference: dict[str, Any] | None = None,
+    counted_until: float = HISTORY_END,
 ) -> Bundle:
     """Write a random bundle at `out` and open it.
 
@@ -96,7 +97,7 @@ def tiny_bundle(
                 d_collab=D_COLLAB, d_hidden=D_HIDDEN, d_model=d_model, users=size.users, items=size.items
             ),
             data_fingerprint="random",
-            counted_until=HISTORY_END,
+            counted_until=counted_until,
             training={},
             seed=rest,
             metrics={},

@@ -13,6 +13,7 @@ from service.batcher import Batcher
 from service.engines.protocol import Engine
 from service.features.choice import Stores, open_store
 from service.features.protocol import FeatureStore
+from service.interactions.counts import LiveCounts
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class BundleParts:
     tables: Tables
     assembler: Assembler
     fusion: Fusion
+    counts: LiveCounts
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class BundleHandle:
     store: FeatureStore
     assembler: Assembler
     fusion: Fusion
+    counts: LiveCounts  # since the bundle's own
     engine: Engine
     batcher: Batcher
 
@@ -80,7 +83,8 @@ def open_parts(bundle: Bundle) -> BundleParts:
         BundleError, TokenizerError: the bundle cannot be served.
     """
     tables = bundle.tables()
-    return BundleParts(bundle, tables, bundle.assembler(bundle.encoder(), tables), bundle.fusion())
+    counts = LiveCounts(bundle.manifest.counted_until)
+    return BundleParts(bundle, tables, bundle.assembler(bundle.encoder(), tables), bundle.fusion(), counts)
 
 
 def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stores) -> BundleHandle:
@@ -92,6 +96,7 @@ def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stor
         store=open_store(parts.bundle.id, parts.tables, stores),
         assembler=parts.assembler,
         fusion=parts.fusion,
+        counts=parts.counts,
         engine=engine,
         batcher=batcher,
     )
