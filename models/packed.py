@@ -10,7 +10,7 @@ dimensions of a head, D = d_L, N prompts.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +115,16 @@ class PackedModel:
         return hidden_TD if self._answers_only else hidden_TD[row.layout.own.answers_N]
 
     @torch.inference_mode()
-    def distil(self, prompts: Sequence[Segment], max_tokens: int = 4096) -> Floats:
-        """Return the last hidden state of each prompt, `(N, D)` fp32: an item's semantic vector (Fig. 3)."""
+    def distil(
+        self,
+        prompts: Sequence[Segment],
+        max_tokens: int = 4096,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Floats:
+        """Return the last hidden state of each prompt, `(N, D)` fp32: an item's semantic vector (Fig. 3).
+
+        `progress` is called after every forward with the prompts done and all of them.
+        """
         out = np.empty((len(prompts), self._backbone.d_model), np.float32)
         start = 0
         for together in fill(prompts, max_tokens):
@@ -124,6 +132,7 @@ class PackedModel:
             hidden_KD = self.hidden(row, self._backbone.embed(row.token_ids_T))
             out[start : start + len(together)] = hidden_KD.float().cpu().numpy()
             start += len(together)
+            progress(start, len(prompts))
         return out
 
 

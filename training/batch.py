@@ -21,7 +21,8 @@ from models.loading import Bundle
 from models.packs import ScoringGroup
 from training.data.errors import DataError
 from training.evaluate import Scorer
-from training.run import Progress, no_progress, write_json
+from training.progress import Progress, no_progress
+from training.run import write_json
 
 MAX_TOKENS = 4096
 GROUPS_AT_ONCE = 64

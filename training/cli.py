@@ -4,10 +4,12 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -15,9 +17,11 @@ from models.backbone import BackboneError
 from models.bundle import BundleError
 from models.ids import IdError
 from models.tokens import TokenizerError
-from training.config import ConfigError
+from training.config import Config, ConfigError, load_config
 from training.data.errors import DataError
+from training.data.history import Histories, Ties
 from training.data.prepare import app as prepare_app
+from training.data.summary import DataSummary, summarize
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +43,10 @@ PositiveOption = Annotated[float | None, typer.Option(help="a rating above this 
 SplitByOption = Annotated[
     str | None, typer.Option("--split-by", help='one interactions file: "0.8,0.1,0.1" or "2017-12-01,2017-12-15"')
 ]
+TiesOption = Annotated[
+    Ties | None,
+    typer.Option(help="strict, or file-order (as CoLLM's files: also earlier rows of the same second)"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 DeviceOption = Annotated[str, typer.Option(help="torch device")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or fp8 instead of the bundle's own")]
@@ -54,19 +62,25 @@ def fit(
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="instead of the configuration's")] = None,
+    ties: TiesOption = None,
 ) -> None:
     """Train all stages and write one bundle. The run's files are kept in OUT.run beside it."""
     with one_line_errors():
-        from training.config import load_config
+        from training.data.dataset import Dataset
         from training.pipeline import fit as fit_bundle
         from training.start import new_run, read_data
         from training.verdict import WITH_LIVE_COUNTS
 
-        chosen = load_config(config)
+        chosen = _configuration(config, ties)
         if seed is not None:
             chosen = chosen.model_copy(update={"seed": seed})
         run = new_run(out.with_name(f"{out.name}.run"), chosen)
-        report = fit_bundle(run, read_data(data, positive_above, split_by), backbone, out, resume=resume)
+
+        def begun(dataset: Dataset, histories: Histories) -> None:
+            show_summary(run.console, summarize(dataset, histories))
+            show_ties(run.console, histories, list(dataset.splits))
+
+        report = fit_bundle(run, read_data(data, positive_above, split_by), backbone, out, resume=resume, begun=begun)
         if run.is_main:
             show_stages(run.console, report)
             show_report(run.console, "valid", report)
@@ -86,6 +100,7 @@ def evaluate(
     split_by: SplitByOption = None,
     device: DeviceOption = "",
     dtype: DtypeOption = None,
+    ties: TiesOption = None,
 ) -> None:
     """Judge a bundle's score on a split, beside simple scorers, with user-bootstrap intervals."""
     with one_line_errors():
@@ -100,7 +115,8 @@ def evaluate(
         counting = Counting(live=live, delay=delay)
         opened, scorer = open_scorer(bundle, device, dtype)
         dataset = read_data(data, positive_above, split_by, require=(split,))
-        histories = build_histories(dataset)
+        histories = build_histories(dataset, ties or opened.manifest.training.get("ties", "strict"))
+        show_ties(Console(stderr=True), histories, [split])
         if delay:
             times_B = dataset.splits[split]["timestamp"].to_numpy()
             histories = histories.delayed(split, times_B - delay)
@@ -123,15 +139,20 @@ def precision(
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
     device: DeviceOption = "",
+    ties: TiesOption = None,
 ) -> None:
     """Tell what another number type changes: AUC, UAUC and log-loss, with user-bootstrap intervals; the worst score."""
     with one_line_errors():
+        from models.bundle import verify
+        from training.data.history import build_histories
         from training.precision import precision_study
         from training.start import progress_bar, read_data
 
         dataset = read_data(data, positive_above, split_by, require=(split,))
+        histories = build_histories(dataset, ties or verify(bundle).training.get("ties", "strict"))
+        show_ties(Console(stderr=True), histories, [split])
         with progress_bar(f"scoring {split} twice") as progress:
-            report = precision_study(bundle, dataset, split, device, dtype, progress)
+            report = precision_study(bundle, dataset, histories, split, device, dtype, progress)
         if as_json:
             print(json.dumps(report))
         else:
@@ -201,17 +222,20 @@ def alignment(
     seeds: Annotated[int, typer.Option(min=2, help="how often stage 2 is trained")] = 5,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
+    ties: TiesOption = None,
 ) -> None:
     """Table 6 of the paper: AUC before stage 3's first step, with and without alignment, over several seeds."""
     with one_line_errors():
-        from training.config import load_config
+        from training.data.history import build_histories
         from training.metrics import mean_interval
         from training.start import new_run, read_data
         from training.studies import alignment_study
 
-        run = new_run(work, load_config(config))
+        run = new_run(work, _configuration(config, ties))
         work.mkdir(parents=True, exist_ok=True)
-        reached = alignment_study(run, read_data(data, positive_above, split_by), backbone, seeds)
+        dataset = read_data(data, positive_above, split_by)
+        show_ties(run.console, build_histories(dataset, run.config.ties), ["train", "valid"])
+        reached = alignment_study(run, dataset, backbone, seeds)
         table = Table("warm valid rows, step 0", "mean AUC (95 %)", *(f"seed {seed}" for seed in range(seeds)))
         for name, areas in reached.items():
             table.add_row(name, _one_line(mean_interval(areas).as_dict()), *(f"{area:.4f}" for area in areas))
@@ -226,15 +250,18 @@ def windows(
     config: ConfigOption = None,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
+    ties: TiesOption = None,
 ) -> None:
     """Train with sliding and with anchored history windows: tokens computed per target and AUC, side by side."""
     with one_line_errors():
-        from training.config import load_config
+        from training.data.history import build_histories
         from training.start import new_run, read_data
         from training.studies import window_study
 
-        run = new_run(work, load_config(config))
-        results, difference = window_study(run, read_data(data, positive_above, split_by), backbone, work)
+        run = new_run(work, _configuration(config, ties))
+        dataset = read_data(data, positive_above, split_by)
+        show_ties(run.console, build_histories(dataset, run.config.ties), ["train", "valid"])
+        results, difference = window_study(run, dataset, backbone, work)
         table = Table(
             "window", "tokens a target, stage 1", "stage 3", "one prompt a target", "stage 1 AUC", "stage 3 AUC"
         )
@@ -269,6 +296,47 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was (fit: with --resume)", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _configuration(config: str | None, ties: Ties | None) -> Config:
+    """Return the configuration with the rule for ties of the command line, if there is one."""
+    chosen = load_config(config)
+    return chosen if ties is None else chosen.model_copy(update={"ties": ties})
+
+
+def show_summary(console: Console, summary: DataSummary) -> None:
+    """Print the data in numbers: a table on a terminal, else plain columns."""
+    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, title="Data", title_justify="left", pad_edge=False)
+    table.add_column("split")
+    for heading in ("rows", "users", "items", "positive", "user new", "item new", "tied", "rule matters"):
+        table.add_column(heading, justify="right")
+    table.add_column("from (UTC)")
+    table.add_column("to (UTC)")
+    for split in summary.splits:
+        counts = [f"{number:,}" for number in (split.rows, split.users, split.items)]
+        shares = [_percent(share) for share in (split.positives, split.new_users, split.new_items)]
+        ties = [f"{number:,}" for number in (split.tied, split.rule_matters)]
+        table.add_row(split.name, *counts, *shares, *ties, _moment(split.first), _moment(split.last))
+    console.print(table)
+    console.print(
+        f"{summary.items:,} items in the catalogue, {summary.titles_cleaned:,} titles cleaned. New: not in train. Tied:"
+        " rows that share user and timestamp with another row. Rule matters: rows to which --ties strict and file-order"
+        " give different histories.",
+        highlight=False,
+    )
+
+
+def show_ties(console: Console, histories: Histories, splits: list[str]) -> None:
+    """Print how many rows the rule of the published files touches, if that rule is chosen."""
+    if histories.ties == "file-order":
+        for split in splits:
+            touched_B = histories.of_split(split).rule_matters
+            console.print(
+                f"ties file-order: {int(touched_B.sum()):,} of {len(touched_B):,} {split} rows get another history than"
+                " by strict",
+                soft_wrap=True,
+                highlight=False,
+            )
 
 
 def show_stages(console: Console, report: dict[str, Any]) -> None:
@@ -319,6 +387,15 @@ def show_verdict(console: Console, split: str, report: dict[str, Any]) -> None:
         console.print(f"chosen on these rows: {', '.join(chosen)}.")
     for sentence in verdict_sentences(report, split):
         console.print(sentence)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+def _moment(seconds: float | None) -> str:
+    moment = None if seconds is None else datetime(1970, 1, 1) + timedelta(seconds=seconds)
+    return "–" if moment is None else moment.isoformat(" ", "minutes")
 
 
 def _one_line(found: dict[str, float | None]) -> str:

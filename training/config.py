@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.template import TemplateConfig
+from training.data.history import Ties
 
 
 class ConfigError(ValueError):
@@ -98,6 +99,7 @@ class Config(_Frozen):
 
     seed: int = Field(0, ge=0)
     template: TemplateConfig = TemplateConfig()
+    ties: Ties = Field("strict", description="what a history holds of the row's own second (docs/data.md); none of it")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the merged weights: distil, train, serve")
     autocast: bool = Field(True, description="bf16 products in training; weights and gradients stay in their type")
     max_tokens: int = Field(2048, ge=64, description="tokens of one forward and backward, padding included")

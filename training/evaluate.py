@@ -21,7 +21,7 @@ from training.counts import RowCounts
 from training.data.dataset import Dataset
 from training.data.history import Histories
 from training.metrics import REPLICATES, Interval, compare_scores, evaluate_scores
-from training.run import Progress, no_progress
+from training.progress import Progress, no_progress
 
 SCORE = "score"  # the scorer that the bundle serves
 GROUPS_AT_ONCE = 64  # groups handed to the model together, so that forwards fill up and memory stays bounded

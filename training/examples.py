@@ -151,6 +151,11 @@ def forwards(packs: Iterable[tuple[Pack, Int32]], max_tokens: int) -> Iterator[l
         yield batch
 
 
+def rows_in(step: list[Int32]) -> int:
+    """Return how many targets the groups of a step have."""
+    return sum(map(len, step))
+
+
 def rows_of(batch: Sequence[tuple[Pack, Int32]]) -> Int32:
     """Return the rows of a batch in the order of its answers, (K,)."""
     return np.concatenate([rows for _, rows in batch])

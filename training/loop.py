@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training.config import ScheduleConfig
+from training.progress import TaskProgress
 from training.run import Run, read_tensors, write_tensors
 
 Step = TypeVar("Step")
@@ -46,6 +46,7 @@ class StageLoop(Generic[Step]):
         evaluate: returns validation figures; the parameters with the highest `objective` are kept.
         objective: which of the figures that is.
         serial: whether the main process takes the whole stage alone.
+        rows: how many rows a step has, for the progress.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class StageLoop(Generic[Step]):
         objective: str = "auc",
         *,
         serial: bool = False,
+        rows: Callable[[Any], int] = len,
     ) -> None:
         self.run = run
         self.name = name
@@ -77,6 +79,8 @@ class StageLoop(Generic[Step]):
         self._evaluate = evaluate
         self._objective = objective
         self._serial = serial
+        self._rows = rows
+        self._progress: TaskProgress | None = None
         self._loss = torch.zeros((), device="cpu" if serial else run.device)
         self._path = run.folder / f"{name}.safetensors"
         self._finished = False
@@ -100,16 +104,19 @@ class StageLoop(Generic[Step]):
         per_epoch = max(len(self._epoch(0)), math.ceil(self.schedule.min_steps / self.schedule.epochs))
         total = max(1, round(self.schedule.epochs * per_epoch))
         every = max(1, per_epoch // self.schedule.evaluations_per_epoch)
-        if not self.evaluations:
-            self._record()
         with self.run.progress(self.name, total, self.step) as progress, self._charts() as writer:
+            self._progress = progress
+            if not self.evaluations:
+                self._record()
             saved = time.monotonic()
             for step in self._remaining(total):
                 torch.manual_seed(derived_seed(self.run.config.seed, self.name, self.step))
                 self._set_rate(total)
+                progress.start_step()
                 yield step
-                self._apply(writer)
+                loss = self._apply(writer)
                 self.step += 1
+                progress.update(self.step, loss=loss, rows=self._rows(step))
                 if self.step % every == 0 or self.step == total:
                     self._record(writer)
                     self._show(progress)
@@ -118,7 +125,6 @@ class StageLoop(Generic[Step]):
                 if time.monotonic() - saved > self.run.config.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-                progress.update(progress.task_ids[0], completed=self.step)
         self._finished = True
         self.save()
 
@@ -126,6 +132,8 @@ class StageLoop(Generic[Step]):
         """Add a part of the step's loss; a step may have several parts, over several processes."""
         loss.backward()
         self._loss += loss.detach()
+        if self._progress is not None:
+            self._progress.tick()
 
     def keep_best(self) -> None:
         """Put the best parameters in place."""
@@ -170,7 +178,7 @@ class StageLoop(Generic[Step]):
             return nullcontext()
         return SummaryWriter(str(self.run.folder / "tensorboard" / self.name), purge_step=self.step)
 
-    def _apply(self, writer: SummaryWriter | None) -> None:
+    def _apply(self, writer: SummaryWriter | None) -> float:
         loss = self._loss if self._serial else self._gather_gradients()
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.schedule.gradient_norm)
         if not (math.isfinite(norm) and math.isfinite(loss)):
@@ -184,6 +192,7 @@ class StageLoop(Generic[Step]):
             writer.add_scalar("loss", float(loss), self.step)
             writer.add_scalar("gradient_norm", float(norm), self.step)
         self._loss = torch.zeros_like(self._loss)
+        return float(loss)
 
     def _gather_gradients(self) -> Tensor:
         """Sum gradients over the processes, also where this one had no part of the step; returns the summed loss."""
@@ -210,12 +219,9 @@ class StageLoop(Generic[Step]):
     def _history(self) -> list[float]:
         return [figures[self._objective] for figures in self.evaluations]
 
-    def _show(self, progress: Progress) -> None:
+    def _show(self, progress: TaskProgress) -> None:
         values = self._history()
-        text = f"valid {self._objective} {values[-1]:.4f}, best {max(values):.4f}"
-        progress.update(progress.task_ids[0], description=text)
-        if self.run.is_main and not self.run.console.is_terminal:
-            self.run.console.print(f"{self.name}: step {self.step}: {text}")
+        progress.note(f"valid {self._objective} {values[-1]:.4f}, best {max(values):.4f}")
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():

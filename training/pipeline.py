@@ -4,6 +4,7 @@ The stages meet through files in the run folder, so that each reads what the one
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -61,8 +62,18 @@ class Prepared:
     semantic_ID: Tensor
 
 
-def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -> dict[str, Any]:
+def fit(
+    run: Run,
+    dataset: Dataset,
+    backbone: str,
+    out: Path,
+    *,
+    resume: bool,
+    begun: Callable[[Dataset, Histories], None] = lambda dataset, histories: None,
+) -> dict[str, Any]:
     """Train every stage and write the bundle; returns its validation report. A finished run resumes to its report.
+
+    `begun` is called with the data and histories in the main process, once the run folder is claimed.
 
     Raises:
         BundleError: something else is already at `out`.
@@ -74,13 +85,16 @@ def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -
     run.claim(_identity(run, dataset, backbone), resume=resume)
     if out.exists():
         return dict(verify(out).metrics)
-    histories = build_histories(dataset)
+    histories = build_histories(dataset, run.config.ties)
+    if run.is_main:
+        begun(dataset, histories)
     prepared = prepare(run, dataset, histories, backbone)
     collab = align(run, prepared.examples, prepared.semantic_ID)
     tables, projections, report = _projected(run, prepared, collab)
     if run.is_main:
         scorer = _scorer(run, prepared, histories, collab, tables, projections)
-        scored = score_split(scorer, dataset, histories, "valid", run.config.max_tokens)
+        with run.progress("scoring valid", dataset.splits["valid"].height, unit="row") as progress:
+            scored = score_split(scorer, dataset, histories, "valid", run.config.max_tokens, progress.count)
         fitted = fit_and_judge(scored, dataset, histories, scorer.tables, run.config.seed)
         report |= fitted.report
         _write(run, out, prepared, scorer, projections, fitted, dataset, report)

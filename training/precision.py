@@ -9,15 +9,21 @@ from typing import Any
 import numpy as np
 
 from training.data.dataset import Dataset
-from training.data.history import build_histories
+from training.data.history import Histories
 from training.evaluate import Scorer, score_split
 from training.metrics import auc, log_loss_difference, paired_difference
-from training.run import Progress
+from training.progress import Progress, no_progress
 from training.start import open_scorer
 
 
 def precision_study(
-    bundle: Path, dataset: Dataset, split: str, device: str, dtype: str, progress: Progress
+    bundle: Path,
+    dataset: Dataset,
+    histories: Histories,
+    split: str,
+    device: str,
+    dtype: str,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Score a split in the bundle's own type and in `dtype`; return both and the differences.
 
@@ -26,13 +32,14 @@ def precision_study(
     Raises:
         BundleError, BackboneError: the bundle cannot be used.
     """
-    histories = build_histories(dataset)
     opened, own = open_scorer(bundle, device, None)
-    own_B = score_split(own, dataset, histories, split, 4096, progress).raw_B
+    own_B = score_split(own, dataset, histories, split, 4096, lambda done, total: progress(done, 2 * total)).raw_B
     _, other = open_scorer(bundle, device, dtype)
     # The same vectors of items outside the catalogue: they are data here, not what is compared.
     other = Scorer(other.model, own.tables, own.assembler)
-    other_B = score_split(other, dataset, histories, split, 4096, progress).raw_B
+    other_B = score_split(
+        other, dataset, histories, split, 4096, lambda done, total: progress(total + done, 2 * total)
+    ).raw_B
     labels_B = dataset.splits[split]["label"].to_numpy()
     users_B = histories.of_split(split).user_code
     differences = paired_difference(other_B, own_B, labels_B, users_B)

@@ -5,6 +5,7 @@ checkpoint, so that a killed run resumes where it was.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.config import Config
+from training.progress import Lines, TaskProgress
 
 
 class RunError(ValueError):
@@ -27,21 +29,24 @@ class RunError(ValueError):
 
 
 Shared = TypeVar("Shared", list[Any], Tensor)
-Progress = Callable[[int, int], None]  # (done, total)
-
-
-def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
 
 
 class Run:
     """One `fit`, possibly one process of several."""
 
-    def __init__(self, folder: Path, config: Config, accelerator: Accelerator, console: Console) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        accelerator: Accelerator,
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.folder = folder
         self.config = config
         self.accelerator = accelerator
         self.console = console
+        self.lines = Lines(self._write_line, clock)
 
     @property
     def device(self) -> torch.device:
@@ -95,8 +100,14 @@ class Run:
         return summed
 
     @contextmanager
-    def progress(self, title: str, total: int, done: int = 0) -> Iterator[Bars]:
-        """Show one bar with the time left; the task's id is 0."""
+    def progress(self, title: str, total: int, done: int = 0, *, unit: str = "step") -> Iterator[TaskProgress]:
+        """Show a task of the main process: one bar on a terminal, else a line at its begin, its end and between."""
+        if not (self.is_main and self.console.is_terminal):
+            progress = TaskProgress(self.lines, title, total, done, unit=unit)
+            progress.begin()
+            yield progress
+            progress.end()
+            return
         columns = (
             TextColumn(f"{title:<18}"),
             BarColumn(),
@@ -106,9 +117,21 @@ class Run:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        with Bars(*columns, console=self.console, disable=not self.is_main) as progress:
-            progress.add_task("", total=total, completed=done)
-            yield progress
+        with Bars(*columns, console=self.console) as bars:
+            task = bars.add_task("", total=total, completed=done)
+
+            def draw(done: int, total: int, text: str) -> None:
+                bars.update(task, completed=done, total=total, description=text)
+
+            yield TaskProgress(self.lines, title, total, done, unit=unit, draw=draw)
+
+    def inner_progress(self, title: str, total: int) -> TaskProgress:
+        """Report the rows of a part of a task, such as a stage's evaluation: lines, and nothing beside a bar."""
+        return TaskProgress(self.lines, title, total, unit="row")
+
+    def _write_line(self, line: str) -> None:
+        if self.is_main and not self.console.is_terminal:
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

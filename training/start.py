@@ -18,7 +18,8 @@ from training.config import Config, ConfigError
 from training.data.dataset import Dataset, load_dataset
 from training.data.split import SplitRule
 from training.evaluate import Scorer
-from training.run import Progress, Run
+from training.progress import Lines, Progress, TaskProgress
+from training.run import Run
 
 
 def new_run(folder: Path, config: Config) -> Run:
@@ -65,9 +66,13 @@ def open_scorer(folder: Path, device: str, dtype: str | None) -> tuple[Bundle, S
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Show a bar on stderr, so that standard output holds the result alone."""
+    """Show a bar on stderr, so that standard output holds the result alone; a line every 30 s where it is a file."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        lines = Lines(lambda line: print(line, file=sys.stderr, flush=True))
+        yield TaskProgress(lines, title, 0, unit="row").count
+        return
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Bars(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

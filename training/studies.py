@@ -32,7 +32,7 @@ def alignment_study(run: Run, dataset: Dataset, backbone: str, seeds: int) -> Va
     projection; "neither": stage 2 without InfoNCE, and a random projection. Stage 1 is trained once.
     """
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
-    prepared = prepare(run, dataset, build_histories(dataset), backbone)
+    prepared = prepare(run, dataset, build_histories(dataset, run.config.ties), backbone)
     valid = prepared.examples.targets("valid", run.config.max_targets)
     reached: Variants = {"aligned, warm projection": [], "aligned": [], "neither": []}
     for seed in range(seeds):
@@ -94,7 +94,8 @@ def tokens_per_target(examples: Examples, targets: Targets, kind: PromptKind) ->
 
 def _window_result(run: Run, dataset: Dataset, bundle: Path) -> WindowResult:
     opened = Bundle.open(bundle)
-    examples = Examples(dataset, build_histories(dataset), Template(run.config.template, opened.encoder()))
+    histories = build_histories(dataset, run.config.ties)
+    examples = Examples(dataset, histories, Template(run.config.template, opened.encoder()))
     train = examples.targets("train", run.config.max_targets)
     logits_B = read_tensors(run.folder / "project_valid.safetensors")[0]["logits"].numpy()
     return WindowResult(

@@ -1,15 +1,27 @@
-"""What a user liked before each interaction, for every row of every split at once.
+"""The history of every row of every split: the items that the user liked before the row.
 
-The rules. A user's own order is train, then valid, then test; within a split by timestamp; equal timestamps in
-file order. The history of a row is the items with label 1 strictly earlier in that order. An item liked twice is
-there twice. A candidate that is in its own history stays there: a user segment must not depend on the candidate,
-or it could not be shared by a user's candidates.
+A user's positives (rows with label 1) stand in one fixed order: train, then valid, then test; within a split by
+timestamp; equal timestamps in file order. A history is the beginning of that order, so its length says all.
+
+Two rules set the length:
+
+- **strict** (the default): the longest beginning of which every positive is of the row's own or an earlier split and
+  has a timestamp strictly before the row's. Rows of one user and second share one history, wherever they stand in the
+  file. Splits cut by time: these are all positives before the row's timestamp. Given splits that overlap in time: a
+  positive with a later timestamp never counts, and a row never knows a label of a later split.
+- **file-order** (the rule of CoLLM's published files): all positives that stand earlier in the fixed order. It counts
+  rows of the row's own second that stand earlier in the file, so it can tell a row's label where a file writes each
+  positive before the negatives of its second.
+
+An item that was liked twice is in the history twice. A candidate that is in its own history stays there: a user
+segment must not depend on the candidate, or the user's candidates could not share it.
 
 Shapes: B rows of a split, U users, P positives of all users.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -18,6 +30,7 @@ from numpy.typing import NDArray
 from training.data.dataset import Dataset
 
 Int32 = NDArray[np.int32]
+Ties = Literal["strict", "file-order"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +40,14 @@ class SplitHistories:
     Attributes:
         user_code: [B] the user, an index into `Histories.user_ids`.
         item_row: [B] the candidate, a row of `Dataset.items`.
-        length: [B] how many positives the user had before; the history is that many of the user's first.
+        length: [B] the history is this many of the user's first positives.
+        rule_matters: [B] whether the two rules for ties give the row different histories.
     """
 
     user_code: Int32
     item_row: Int32
     length: Int32
+    rule_matters: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -41,9 +56,11 @@ class Histories:
 
     Attributes:
         user_ids: [U] the users, by first appearance in train, valid, test.
+        ties: the rule that set the lengths.
     """
 
     user_ids: pl.Series
+    ties: Ties
     _splits: Mapping[str, SplitHistories]
     _code_of_user: Mapping[str, int]
     _positives_P: Int32  # rows of items; user by user, oldest first
@@ -98,7 +115,7 @@ class Histories:
         return positives[: self._lengths_through[through][self._code_of_user[user_id]]]
 
 
-def build_histories(dataset: Dataset) -> Histories:
+def build_histories(dataset: Dataset, ties: Ties = "strict") -> Histories:
     """Return the histories of every row of every split; the rules stand at the top of this file."""
     rows = pl.concat(
         frame.select("user_id", "item_id", "label", pl.col("timestamp").cast(pl.Float64))
@@ -111,30 +128,53 @@ def build_histories(dataset: Dataset) -> Histories:
     item_row = _codes(rows["item_id"], dataset.items["item_id"])
     label = rows["label"].to_numpy().astype(np.int64)
 
+    timestamp = rows["timestamp"].to_numpy()
+
     # lexsort is stable, and its last key is the first to sort by: user, split, time, then file order.
-    order = np.lexsort((rows["timestamp"].to_numpy(), split_of_row, user_code))
-    before = np.cumsum(label[order]) - label[order]
+    order = np.lexsort((timestamp, split_of_row, user_code))
+    positive = order[label[order] == 1]
     per_user = np.bincount(user_code, weights=label, minlength=len(user_ids)).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(per_user)])
-    length = np.empty(rows.height, dtype=np.int32)
-    length[order] = before - starts[user_code[order]]
+    earlier_in_file = np.empty(rows.height, dtype=np.int64)
+    earlier_in_file[order] = np.cumsum(label[order]) - label[order] - starts[user_code[order]]
 
     ends = np.cumsum(heights)
     parts = {name: slice(end - height, end) for name, end, height in zip(dataset.splits, ends, heights, strict=True)}
+    through = {
+        name: np.bincount(user_code[: part.stop], weights=label[: part.stop], minlength=len(user_ids)).astype(np.int32)
+        for name, part in parts.items()
+    }
+    strictly_before = _strictly_before(user_code, timestamp, positive) - starts[user_code]
+    for name, part in parts.items():
+        strictly_before[part] = np.minimum(strictly_before[part], through[name][user_code[part]])
+    length = (strictly_before if ties == "strict" else earlier_in_file).astype(np.int32)
+    rule_matters = strictly_before != earlier_in_file
     return Histories(
         user_ids=user_ids,
-        _splits={name: SplitHistories(user_code[part], item_row[part], length[part]) for name, part in parts.items()},
-        _code_of_user={user_id: code for code, user_id in enumerate(user_ids)},
-        _positives_P=item_row[order][label[order] == 1],
-        _times_P=rows["timestamp"].to_numpy()[order][label[order] == 1],
-        _starts=starts,
-        _lengths_through={
-            name: np.bincount(user_code[: part.stop], weights=label[: part.stop], minlength=len(user_ids)).astype(
-                np.int32
-            )
+        ties=ties,
+        _splits={
+            name: SplitHistories(user_code[part], item_row[part], length[part], rule_matters[part])
             for name, part in parts.items()
         },
+        _code_of_user={user_id: code for code, user_id in enumerate(user_ids)},
+        _positives_P=item_row[positive],
+        _times_P=timestamp[positive],
+        _starts=starts,
+        _lengths_through=through,
     )
+
+
+def _strictly_before(
+    user_code: Int32, timestamp: NDArray[np.float64], positive: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return for each row where in `positive` the positives of its user begin that are not all before its timestamp.
+
+    `positive` holds the rows with label 1 in the fixed order, user by user.
+    """
+    times, place = np.unique(timestamp, return_inverse=True)
+    key = user_code.astype(np.int64) * len(times) + place  # grows with the user, then with the time
+    latest_P = np.maximum.accumulate(key[positive])  # the latest positive up to each: no prefix holds a later one
+    return np.searchsorted(latest_P, key).astype(np.int64)
 
 
 def _codes(values: pl.Series, distinct: pl.Series) -> Int32:

@@ -16,7 +16,7 @@ from models.packed import PackedModel
 from models.packs import Pack
 from models.prompt_tree import TreeModel, lay_out
 from models.template import PromptKind
-from training.examples import Examples, Int32, answer_loss, forwards, rows_of, shuffled_steps
+from training.examples import Examples, Int32, answer_loss, forwards, rows_in, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures, predict
 from training.run import Run, read_tensors, write_json, write_tensors
@@ -53,7 +53,7 @@ def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
 
     parameters = {name: one for name, one in backbone.model.named_parameters() if one.requires_grad}
     rates = [(parameters, 1.0, config.schedule.weight_decay)]
-    loop = StageLoop(run, "adapt", rates, config.schedule, plan, evaluate)
+    loop = StageLoop(run, "adapt", rates, config.schedule, plan, evaluate, rows=rows_in)
     if not loop.restore():
         for groups in loop.steps():
             model.decoder.train()
@@ -94,7 +94,10 @@ def distil_items(run: Run, examples: Examples, backbone: Backbone) -> Tensor:
         mine = run.share(list(range(len(prompts))))
         if mine:
             packed = PackedModel(backbone)
-            vectors[mine] = torch.from_numpy(packed.distil([prompts[row] for row in mine], run.config.max_tokens))
+            progress = run.inner_progress("item vectors", len(mine))
+            vectors[mine] = torch.from_numpy(
+                packed.distil([prompts[row] for row in mine], run.config.max_tokens, progress.count)
+            )
         vectors = run.sum(vectors.to(run.device)).cpu()
         if run.is_main:
             write_tensors(path, {"semantic": vectors})

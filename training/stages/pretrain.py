@@ -182,7 +182,7 @@ def _train(run: Run, backbone: Backbone, examples: Examples) -> None:
     parameters = dict(backbone.model.named_parameters())
     rates = [(parameters, 1.0, schedule.weight_decay)]
     # Small data is gone through so often that its text is overfitted before the slots are read: reading decides.
-    loop = StageLoop(run, "pretrain", rates, schedule, plan, evaluate, "reading")
+    loop = StageLoop(run, "pretrain", rates, schedule, plan, evaluate, "reading", rows=lambda step: len(step[0]))
     if not loop.restore():
         for ids_BT, questions in loop.steps():
             if len(mine := run.share(ids_BT)):

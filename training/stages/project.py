@@ -19,7 +19,7 @@ from models.packs import Pack
 from models.projection import Projections
 from models.prompt_tree import SlotVectors, TreeModel, lay_out
 from models.template import PromptKind
-from training.examples import Examples, Int32, Targets, answer_loss, forwards, rows_of, shuffled_steps
+from training.examples import Examples, Int32, Targets, answer_loss, forwards, rows_in, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures, predict
 from training.run import Run
@@ -177,7 +177,15 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
         cold_B2 = torch.from_numpy(rng.random((len(train), 2), dtype=np.float32)) < share
         return [(groups, cold_B2) for groups in steps]
 
-    loop = StageLoop(run, "project", _rates(tables, projections, run), config.schedule, plan, evaluate)
+    loop = StageLoop(
+        run,
+        "project",
+        _rates(tables, projections, run),
+        config.schedule,
+        plan,
+        evaluate,
+        rows=lambda step: rows_in(step[0]),
+    )
     if not loop.restore():
         for groups, cold_B2 in loop.steps():
             total = float(train.weight_B[np.concatenate(groups)].sum())
