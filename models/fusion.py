@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
+RAW_EDGE = 1e-7  # a raw score nearer to 0 or 1 counts as this: fp32 has rounded it to 0 or 1
 SLOW = 8.0  # how many times the fitted strength the second, slower smoothing has
 
 
@@ -112,6 +113,17 @@ PARTS = ("lm", "collab", "user_rate", "item_rate", "cold", "intercept")
 SIGNED = frozenset({"cold_user", "cold_item"})  # a cold pair may be better or worse; every other input only helps
 
 
+def raw_logits(raw_K: Floats) -> Doubles:
+    """Return the logits of raw scores, `(K,)`, in fp64: `Known.lm_K`."""
+    clipped = np.clip(raw_K.astype(np.float64), RAW_EDGE, 1 - RAW_EDGE)
+    return np.asarray(np.log(clipped) - np.log1p(-clipped), np.float64)
+
+
+def probabilities(logits_K: Doubles) -> Doubles:
+    """Return the probabilities of logits, `(K,)`."""
+    return np.asarray(1 / (1 + np.exp(-logits_K)), np.float64)
+
+
 class Fusion(BaseModel):
     """The weights of `score`, as the bundle holds them."""
 
@@ -136,11 +148,11 @@ class Fusion(BaseModel):
 
     def logits(self, known: Known) -> Doubles:
         """Return the logit of `score`, `(K,)`."""
-        return np.sum([*self.parts(known).values()], axis=0)
+        return np.asarray(np.sum([*self.parts(known).values()], axis=0), np.float64)
 
     def __call__(self, known: Known) -> Floats:
         """Return `score`, `(K,)`: calibrated probabilities."""
-        return (1 / (1 + np.exp(-self.logits(known)))).astype(np.float32)
+        return probabilities(self.logits(known)).astype(np.float32)
 
 
 def fusion_inputs(known: Known, rates: Rates) -> dict[str, Doubles]:

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 # live: interactions since the bundle was made are part of it, behind what the bundle has or alone.
 HistorySource = Literal["request", "bundle", "live", "none"]
+# live: the bundle's counts and those of the interactions since. bundle: its own alone, because no log can be read.
+CountsSource = Literal["live", "bundle"]
 
 
 class Message(BaseModel):
@@ -32,7 +34,10 @@ class ScoredItem:
     """One item's score and how it came about."""
 
     item_id: str
-    score: Annotated[float, Field(description="Calibrated probability of a click.")]
+    score: Annotated[
+        float,
+        Field(description="Calibrated probability of a click, from raw_score, collaborative vectors and counts."),
+    ]
     raw_score: Annotated[float, Field(description="The language model's own probability of Yes.")]
     cold_item: Annotated[bool, Field(description="The item has no training data; its vectors come from its text.")]
     unknown_item: Annotated[
@@ -41,6 +46,10 @@ class ScoredItem:
     in_history: Annotated[bool, Field(description="The item stands in the history.")]
     title_ignored: Annotated[bool, Field(description="The title sent differs from the catalogue's, which stands.")]
     title_tokens_cut: Annotated[int, Field(description="Tokens that the title's cap cut off.")]
+    parts: Annotated[
+        dict[str, float] | None,
+        Field(description="With explain: what each part adds to the logit of score; together they are that logit."),
+    ] = None
 
     def fields(self) -> dict[str, Any]:
         """Return every field of an item alone."""
@@ -63,7 +72,7 @@ class ScoredPair(ScoredItem):
 class RankedItem(ScoredItem):
     """One candidate's result."""
 
-    rank: Annotated[int, Field(description="From 1, by raw score; equal scores keep the request's order.")]
+    rank: Annotated[int, Field(description="From 1, by score; equal scores keep the request's order.")]
 
 
 class Skipped(Message):
@@ -77,6 +86,9 @@ class Skipped(Message):
 class _Answer(Message):
     request_id: str
     bundle_id: str
+    counts: CountsSource = Field(
+        description="Which counts the scores know: live with the interactions since the bundle, or the bundle's alone."
+    )
     skipped: list[Skipped]
     timings_ms: dict[str, float] = Field(description="lookup, assemble, queue, forward and total.")
 
@@ -91,6 +103,15 @@ _ITEM_EXAMPLE: dict[str, JsonValue] = {
     "title_ignored": False,
     "title_tokens_cut": 0,
 }
+# Of a request with explain; their sum is the logit of the score above.
+_PARTS_EXAMPLE: dict[str, JsonValue] = {
+    "lm": -0.19,
+    "collab": -0.42,
+    "user_rate": 0.11,
+    "item_rate": -0.2,
+    "cold": 0.0,
+    "intercept": -0.1,
+}
 _HISTORY_EXAMPLE: dict[str, JsonValue] = {
     "source": "bundle",
     "given": 23,
@@ -102,6 +123,7 @@ _HISTORY_EXAMPLE: dict[str, JsonValue] = {
 _ANSWER_EXAMPLE: dict[str, JsonValue] = {
     "request_id": "5f1c",
     "bundle_id": "9c2e",
+    "counts": "live",
     "skipped": [],
     "timings_ms": {"lookup": 0.1, "assemble": 0.6, "queue": 0.0, "forward": 21.4, "total": 22.5},
 }
@@ -118,7 +140,20 @@ class ScoreResponse(_Answer):
                         {**_ITEM_EXAMPLE, "index": 0, "user_id": "u1", "cold_user": False, "history": _HISTORY_EXAMPLE}
                     ],
                     **_ANSWER_EXAMPLE,
-                }
+                },
+                {
+                    "results": [
+                        {
+                            **_ITEM_EXAMPLE,
+                            "index": 0,
+                            "user_id": "u1",
+                            "cold_user": False,
+                            "history": _HISTORY_EXAMPLE,
+                            "parts": _PARTS_EXAMPLE,
+                        }
+                    ],
+                    **_ANSWER_EXAMPLE,
+                },
             ]
         }
     )
@@ -138,7 +173,14 @@ class RankResponse(_Answer):
                     "history": _HISTORY_EXAMPLE,
                     "results": [{**_ITEM_EXAMPLE, "rank": 1}],
                     **_ANSWER_EXAMPLE,
-                }
+                },
+                {
+                    "user_id": "u1",
+                    "cold_user": False,
+                    "history": _HISTORY_EXAMPLE,
+                    "results": [{**_ITEM_EXAMPLE, "rank": 1, "parts": _PARTS_EXAMPLE}],
+                    **_ANSWER_EXAMPLE,
+                },
             ]
         }
     )

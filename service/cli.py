@@ -126,9 +126,10 @@ def _collaborators(
     parts = open_parts(bundle)
     model = models.open(parts)
     bundles = Bundles(handle_of(parts, model.engine, model.batcher, stores), metrics)
-    changes = BundleChanges(settings, bundles, models, stores, metrics, log)
-    shadow = Shadow(bundles, metrics, log, idle=lambda: models.idle)
     interactions = open_recorder(settings, metrics, log, stores.interactions(settings.retention_days * DAY_S))
+    interactions.register(bundles.current.counts)
+    changes = BundleChanges(settings, bundles, models, stores, interactions, metrics, log)
+    shadow = Shadow(bundles, metrics, log, idle=lambda: models.idle)
     return Collaborators(settings, bundles, changes, shadow, metrics, log, interactions, quality, stores)
 
 

@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    StrictBool,
     StrictInt,
     WithJsonSchema,
     model_validator,
@@ -161,6 +162,11 @@ _HISTORY = Field(
 )
 
 
+_EXPLAIN = Field(
+    default=False, description="true: each result has parts, what its score is made of: contributions to its logit."
+)
+
+
 class Pair(_Body):
     """A user and the one item to score for them."""
 
@@ -181,7 +187,8 @@ class ScoreRequest(_Body):
                         {"user_id": "u1", "item_id": "i7"},
                         {"user_id": 42, "item_id": "i8", "history": ["i1", "i2"]},
                     ]
-                }
+                },
+                {"pairs": [{"user_id": "u1", "item_id": "i7"}], "explain": True},
             ]
         }
     )
@@ -190,6 +197,7 @@ class ScoreRequest(_Body):
     on_unknown: OnUnknown = Field(
         default="error", description="What to do with an item that is not in the catalogue and has no title."
     )
+    explain: StrictBool = _EXPLAIN
 
 
 class RankRequest(_Body):
@@ -202,7 +210,8 @@ class RankRequest(_Body):
                     "user_id": "u1",
                     "candidates": ["i7", 8, {"item_id": "new-1", "title": "A title nobody has seen"}],
                     "top_k": 10,
-                }
+                },
+                {"user_id": "u1", "candidates": ["i7", "i8"], "explain": True},
             ]
         }
     )
@@ -214,6 +223,7 @@ class RankRequest(_Body):
     on_unknown: OnUnknown = Field(
         default="error", description="What to do with an item that is not in the catalogue and has no title."
     )
+    explain: StrictBool = _EXPLAIN
 
 
 class InteractionEvent(_Body):

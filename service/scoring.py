@@ -1,4 +1,4 @@
-"""A request's way: look up, assemble, batch, forward, calibrate.
+"""A request's way: look up, assemble, batch, forward, fuse.
 
 Shapes: K candidates of a group, N titles, D = d_L.
 """
@@ -9,13 +9,17 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from models.assembly import AssembledUser, Assembler
-from models.features import Floats, HistoryItem, ItemFeatures, UserFeatures
+import numpy as np
+
+from models.assembly import AssembledUser, Assembler, known_pairs
+from models.features import NO_COUNTS, Floats, HistoryItem, ItemFeatures, UserFeatures
+from models.fusion import Counts, Fusion, probabilities
 from models.packs import ScoringGroup
-from service.answers import HistoryReport, ScoredItem, Skipped
+from service.answers import CountsSource, HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
 from service.bundles.handle import BundleHandle
 from service.features.protocol import Features
+from service.interactions.counts import Counted
 from service.interactions.histories import merge_all
 from service.interactions.live import LiveUser
 from service.questions import PromptItem, Question, Resolved, query, resolve
@@ -76,6 +80,7 @@ class Answer:
     user_id: str
     cold_user: bool
     history: HistoryReport
+    counts: CountsSource
     items: tuple[ScoredItem | None, ...]
 
 
@@ -85,8 +90,20 @@ class _Prompt:
 
     resolved: Resolved
     user: AssembledUser
+    counts: Counts  # the bundle's, of the user
+    items: tuple[ItemFeatures, ...]  # those in the group
     group: ScoringGroup | None
     titles_cut: tuple[int, ...]  # of each candidate in the group
+
+
+@dataclass(frozen=True, slots=True)
+class _Score:
+    """A candidate's raw score, its score, what each part adds to the logit of that, and tokens cut off its title."""
+
+    raw: float
+    score: float
+    parts: dict[str, float] | None
+    title_cut: int
 
 
 async def score(
@@ -96,10 +113,12 @@ async def score(
     deadline: float,
     timings: Timings,
     live: LiveLookup = nothing_live,
+    *,
+    explain: bool = False,
 ) -> tuple[list[Answer], list[Skipped]]:
     """Score every candidate of every question with one bundle; `deadline` is `time.monotonic()` seconds.
 
-    `live` tells what this server's own log knows of users.
+    `live` tells what this server's own log knows of users. `explain` adds to each item what its score is made of.
 
     Raises:
         UnknownItemError: an item is not in the catalogue and has no title.
@@ -108,26 +127,27 @@ async def score(
     template = handle.assembler.template
     handle.batcher.check(*_size(questions), deadline)
     with timings.leg("lookup"):
-        found, with_likes = await _look_up(questions, handle, live)
+        found, with_likes, counted = await _look_up(questions, handle, live)
     resolved, skipped = resolve(questions, found, template, on_unknown, with_likes)
     resolved = await _distil_unknown(resolved, handle, deadline, timings)
     with timings.leg("assemble"):
         prompts = await _assemble(resolved, found.users, handle.assembler)
     raw = await _compute([one.group for one in prompts if one.group is not None], handle, deadline, timings)
-    return _answers(prompts, raw, handle), skipped
+    return _answers(prompts, raw, counted, handle.fusion, explain=explain), skipped
 
 
 async def _look_up(
     questions: Sequence[Question], handle: BundleHandle, live: LiveLookup
-) -> tuple[Features, frozenset[str]]:
-    """Return what is known, users with their live histories, and whose histories have live likes in them."""
+) -> tuple[Features, frozenset[str], Counted]:
+    """Return what is known, users with their live histories; whose histories have live likes in them; live counts."""
     # The log first: its likes are looked up in the same round trip as everything else.
     logged = await live(frozenset(question.user_id for question in questions))
     asked = query(questions, handle.assembler.template, logged)
     found = await handle.store.look_up(handle.bundle_id, asked)
     merged = merge_all(asked.user_ids, found.users, found.live, logged)
     users = {one: user.features for one, user in merged.items() if user.features is not None}
-    return replace(found, users=users), frozenset(one for one, user in merged.items() if user.likes)
+    counted = handle.counts.of(asked.user_ids, {one.item_id for question in questions for one in question.candidates})
+    return replace(found, users=users), frozenset(one for one, user in merged.items() if user.likes), counted
 
 
 def _size(questions: Sequence[Question]) -> tuple[int, int]:
@@ -187,6 +207,8 @@ def _assemble_one(resolved: Resolved, known: UserFeatures | None, assembler: Ass
     return _Prompt(
         resolved=resolved,
         user=user,
+        counts=NO_COUNTS if known is None else known.counts,
+        items=tuple(items),
         group=assembler.group(user, items) if items else None,
         titles_cut=tuple(assembler.title(item.title).cut for item in items),
     )
@@ -214,19 +236,38 @@ async def _compute(
     return raw
 
 
-def _answers(prompts: Sequence[_Prompt], raw: Sequence[Floats], handle: BundleHandle) -> list[Answer]:
-    """Calibrate, and put every score in its candidate's place."""
+def _answers(
+    prompts: Sequence[_Prompt], raw: Sequence[Floats], counted: Counted, fusion: Fusion, *, explain: bool
+) -> list[Answer]:
+    """Turn raw scores into scores, and put every one in its candidate's place."""
     groups = iter(raw)
-    return [_answer(prompt, next(groups) if prompt.group is not None else None, handle) for prompt in prompts]
+    answers = []
+    for prompt in prompts:
+        scores: list[_Score] = []
+        if prompt.group is not None:
+            scores = _scores(prompt, prompt.group, next(groups), counted, fusion, explain=explain)
+        answers.append(_answer(prompt, scores, counted))
+    return answers
 
 
-def _answer(prompt: _Prompt, raw_K: Floats | None, handle: BundleHandle) -> Answer:
-    scores: Iterator[tuple[float, float, int]] = iter(())
-    if raw_K is not None:
-        calibrated_K = handle.calibration(raw_K)
-        scores = zip(raw_K.tolist(), calibrated_K.tolist(), prompt.titles_cut, strict=True)
+def _scores(
+    prompt: _Prompt, group: ScoringGroup, raw_K: Floats, counted: Counted, fusion: Fusion, *, explain: bool
+) -> list[_Score]:
+    user = prompt.counts + counted.users.get(prompt.resolved.question.user_id, NO_COUNTS)
+    items = [(one.counts + counted.items.get(one.item_id, NO_COUNTS), not one.trained) for one in prompt.items]
+    parts = fusion.parts(known_pairs(raw_K, group, (user, prompt.user.cold), items))
+    scores_K = probabilities(np.sum([*parts.values()], axis=0))
+    columns = {name: values.tolist() for name, values in parts.items()} if explain else {}
+    return [
+        _Score(raw, score, {name: values[k] for name, values in columns.items()} if explain else None, cut)
+        for k, (raw, score, cut) in enumerate(zip(raw_K.tolist(), scores_K.tolist(), prompt.titles_cut, strict=True))
+    ]
+
+
+def _answer(prompt: _Prompt, scores: Sequence[_Score], counted: Counted) -> Answer:
     resolved, user = prompt.resolved, prompt.user
-    items = tuple(None if item is None else _scored(item, resolved, *next(scores)) for item in resolved.candidates)
+    left = iter(scores)
+    items = tuple(None if item is None else _scored(item, resolved, next(left)) for item in resolved.candidates)
     history = HistoryReport(
         source=resolved.source,
         given=user.history.given,
@@ -235,18 +276,20 @@ def _answer(prompt: _Prompt, raw_K: Floats | None, handle: BundleHandle) -> Answ
         titles_cut=user.titles_cut,
         titles_ignored=sum(item.title_ignored for item in resolved.window),
     )
-    return Answer(resolved.question.user_id, user.cold, history, items)
+    source: CountsSource = "live" if counted.live else "bundle"
+    return Answer(resolved.question.user_id, user.cold, history, source, items)
 
 
-def _scored(item: PromptItem, resolved: Resolved, raw: float, calibrated: float, title_cut: int) -> ScoredItem:
+def _scored(item: PromptItem, resolved: Resolved, scored: _Score) -> ScoredItem:
     features = _candidate(item)
     return ScoredItem(
         item_id=item.asked.item_id,
-        score=calibrated,
-        raw_score=raw,
+        score=scored.score,
+        raw_score=scored.raw,
         cold_item=not features.trained,
         unknown_item=not item.in_catalogue,
         in_history=item.asked.item_id in resolved.history_ids,
         title_ignored=item.title_ignored,
-        title_tokens_cut=title_cut,
+        title_tokens_cut=scored.title_cut,
+        parts=scored.parts,
     )

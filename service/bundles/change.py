@@ -21,6 +21,7 @@ from service.bundles.registry import Bundles, Role
 from service.engines.protocol import EngineError
 from service.errors import BundleRefusedError, ChangeRunningError, RequestError
 from service.features.choice import Stores
+from service.interactions.recorder import Recorder
 from service.metrics.registry import Metrics
 from service.settings import Settings, SettingsError
 
@@ -46,6 +47,7 @@ class BundleChanges:
         bundles: Bundles,
         models: LoadedModels,
         stores: Stores,
+        interactions: Recorder,
         metrics: Metrics,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
@@ -54,6 +56,7 @@ class BundleChanges:
         self._bundles = bundles
         self._models = models
         self._stores = stores
+        self._interactions = interactions
         self._metrics = metrics
         self._log = log
         self._running: asyncio.Task[None] | None = None
@@ -186,8 +189,14 @@ class BundleChanges:
         await asyncio.to_thread(check_memory, manifest, self._settings, usages, shared=shared)
         self._step(step="opening tables and tokenizer")
         parts = await asyncio.to_thread(open_parts, bundle)
-        self._step(step="loading projections" if shared else "loading the language model")
-        model = await self._models.lease(parts)
+        self._step(step="counting interactions")
+        try:
+            await self._interactions.count(parts.counts)
+            self._step(step="loading projections" if shared else "loading the language model")
+            model = await self._models.lease(parts)
+        except BaseException:
+            self._interactions.uncount(parts.counts)
+            raise
         return handle_of(parts, model.engine, model.batcher, self._stores)
 
     def _share(self, role: Role, share: float | None) -> float:
@@ -203,6 +212,7 @@ class BundleChanges:
 
     async def _free(self, seat: Seat) -> None:
         await seat.free()
+        self._interactions.uncount(seat.handle.counts)
         await self._models.give_back(seat.handle.bundle_id, seat.handle.engine)
         await seat.handle.store.close()
         serving = {one.handle.bundle_id for one in self._bundles.roles.values()}

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from models.assembly import Assembler
 from models.features import Tables
-from models.loading import Bundle, Calibration
+from models.fusion import Fusion
+from models.loading import Bundle
 from service.batcher import Batcher
 from service.engines.protocol import Engine
 from service.features.choice import Stores, open_store
 from service.features.protocol import FeatureStore
+from service.interactions.counts import LiveCounts
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +23,8 @@ class BundleParts:
     bundle: Bundle
     tables: Tables
     assembler: Assembler
-    calibration: Calibration
+    fusion: Fusion
+    counts: LiveCounts
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,8 @@ class BundleHandle:
     tables: Tables
     store: FeatureStore
     assembler: Assembler
-    calibration: Calibration
+    fusion: Fusion
+    counts: LiveCounts  # since the bundle's own
     engine: Engine
     batcher: Batcher
 
@@ -79,7 +83,8 @@ def open_parts(bundle: Bundle) -> BundleParts:
         BundleError, TokenizerError: the bundle cannot be served.
     """
     tables = bundle.tables()
-    return BundleParts(bundle, tables, bundle.assembler(bundle.encoder(), tables), bundle.calibration())
+    counts = LiveCounts(bundle.manifest.counted_until)
+    return BundleParts(bundle, tables, bundle.assembler(bundle.encoder(), tables), bundle.fusion(), counts)
 
 
 def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stores) -> BundleHandle:
@@ -90,7 +95,8 @@ def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stor
         tables=parts.tables,
         store=open_store(parts.bundle.id, parts.tables, stores),
         assembler=parts.assembler,
-        calibration=parts.calibration,
+        fusion=parts.fusion,
+        counts=parts.counts,
         engine=engine,
         batcher=batcher,
     )

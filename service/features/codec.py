@@ -4,12 +4,13 @@ An item's record begins with what a history needs of it, so that a look-up can t
 
     version u8 | flags u8 | 0 u16 | bytes of the title u32 | checksum of the beginning u32 | of the whole u32
     title | fold_C                                                     the beginning ends here
-    collab_C | semantic_D
+    collab_C | semantic_D | impressions u64 | positives u64
 
 A user's:
 
     version u8 | flags u8 | likes u16 | likes in all u32 | bytes of the ids u32 | checksum u32
     vector_C, unless there is none | time of each like f64 | ids of the likes, each u16 and its bytes
+    impressions u64 | positives u64
 
 Everything is little-endian; bit 0 of the flags is "trained", bits 1 and 2 are the vectors' precision. Checksums cover
 the id too, so that a record under another key is found out. Shapes: C = d_C, D = d_L.
@@ -24,8 +25,9 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from models.features import Floats, ItemFeatures, UserFeatures
+from models.fusion import Counts
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 HEADER_BYTES = 16
 
 PrecisionName = Literal["float32", "bfloat16", "float16"]
@@ -34,6 +36,7 @@ _ITEM = struct.Struct("<BBHI")
 _USER = struct.Struct("<BBHII")
 _SUM = struct.Struct("<I")
 _LENGTH = struct.Struct("<H")
+_COUNTS = struct.Struct("<QQ")
 _TRAINED = 1
 _FLOAT32, _FLOAT16, _HALVES = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u2")
 
@@ -116,6 +119,7 @@ class Codec:
         title = item.title.encode()
         beginning = title + precision.encode(item.fold_C)
         body = beginning + precision.encode(item.collab_C) + precision.encode(item.semantic_D)
+        body += _COUNTS.pack(*item.counts)
         head = _ITEM.pack(RECORD_VERSION, precision.value << 1 | item.trained, 0, len(title))
         head += _SUM.pack(_checksum(item.item_id, head, beginning))
         return head + _SUM.pack(_checksum(item.item_id, head, body)) + body
@@ -128,7 +132,8 @@ class Codec:
         """
         flags, precision, end = _item_head(item_id, record)
         numbers = 2 * self.d_collab + self.d_model
-        if len(record) != end + precision.width * numbers:
+        counts_at = end + precision.width * numbers
+        if len(record) != counts_at + _COUNTS.size:
             raise _wrong("an item", f"has {len(record)} bytes")
         if _checksum(item_id, record[:12], memoryview(record)[HEADER_BYTES:]) != _SUM.unpack_from(record, 12)[0]:
             raise _wrong("an item", "is damaged")
@@ -140,6 +145,7 @@ class Codec:
             vectors[: self.d_collab],
             vectors[2 * self.d_collab :],
             (flags & _TRAINED) == _TRAINED,
+            Counts(*_COUNTS.unpack_from(record, counts_at)),
         )
 
     def decode_history_part(self, item_id: str, beginning: bytes) -> HistoryPart:
@@ -172,7 +178,7 @@ class Codec:
         vector = b"" if user.vector_C is None else precision.encode(user.vector_C)
         times = np.asarray(user.history_times, "<f8").tobytes()
         ids = b"".join(_LENGTH.pack(len(one)) + one for one in likes)
-        body = vector + times + ids
+        body = vector + times + ids + _COUNTS.pack(*user.counts)
         flags = precision.value << 1 | (user.vector_C is not None)
         head = _USER.pack(RECORD_VERSION, flags, len(likes), user.history_total, len(ids))
         return head + _SUM.pack(_checksum(user.user_id, head, body)) + body
@@ -189,7 +195,8 @@ class Codec:
         precision = _precision("a user", version, flags)
         times_at = HEADER_BYTES + (precision.width * self.d_collab if flags & _TRAINED else 0)
         ids_at = times_at + 8 * count
-        if len(record) != ids_at + ids_bytes:
+        counts_at = ids_at + ids_bytes
+        if len(record) != counts_at + _COUNTS.size:
             raise _wrong("a user", f"has {len(record)} bytes")
         if _checksum(user_id, record[:12], memoryview(record)[HEADER_BYTES:]) != _SUM.unpack_from(record, 12)[0]:
             raise _wrong("a user", "is damaged")
@@ -199,6 +206,7 @@ class Codec:
             _ids(record, ids_at, count),
             tuple(np.frombuffer(record, "<f8", count, times_at).tolist()),
             total,
+            Counts(*_COUNTS.unpack_from(record, counts_at)),
         )
 
 

@@ -7,15 +7,16 @@ pending, then negative or positive; positive is final. Its like is its earliest 
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
+from models.fusion import Counts
+from service.interactions.counts import NEGATIVE, PENDING, POSITIVE, Change, Forgotten, LogChange, Standing
 from service.interactions.event import EntryKind, Interaction, LogEntry
 from service.interactions.live import MAX_LIKES, Like, LiveUser
 
 Verdict = Literal["accepted", "duplicate", "forgotten"]
 CountOf = Literal["user", "item"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-PENDING, NEGATIVE, POSITIVE = 0, 1, 2
 
 _ENTRY = "seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position"
 
@@ -45,19 +46,13 @@ class Taken:
     seq: int
 
 
-class Counts(NamedTuple):
-    """Impressions with a known outcome, and those of them that were positive."""
-
-    impressions: int
-    positives: int
-
-
 class Ledger:
-    """One open log, used by one thread."""
+    """One open log, used by one thread. `changes` are those made since whoever calls has last emptied the list."""
 
     def __init__(self, connection: sqlite3.Connection, attribution_s: float) -> None:
         self._db = connection
         self._attribution_s = attribution_s
+        self.changes: list[LogChange] = []
         self.log_id = str(self._value("SELECT value FROM meta WHERE key = 'log_id'"))
 
     def take(self, batch: Sequence[Interaction], received: float) -> Taken:
@@ -98,7 +93,7 @@ class Ledger:
             " deleted_at = max(deleted_at, excluded.deleted_at)",
             (user_id, deleted_at),
         )
-        self._rebuild(user_id)
+        self._rebuild(user_id, seq)
         self._db.execute("INSERT OR REPLACE INTO meta VALUES ('remnants', 'yes')")
         return seq
 
@@ -187,6 +182,19 @@ class Ledger:
                 found[one] = Counts(*counted)
         return found
 
+    def counted_since(self, until: float) -> tuple[dict[str, Counts], dict[str, Counts]]:
+        """Return what users and items count of impressions shown after `until`; reads the whole log."""
+
+        def grouped(column: str) -> dict[str, Counts]:
+            rows = self._db.execute(
+                f"SELECT {column}, count(*), sum(state = {POSITIVE}) FROM impressions"
+                f" WHERE state > {PENDING} AND shown > ? GROUP BY {column}",
+                (until,),
+            )
+            return {one: Counts(impressions, positives) for one, impressions, positives in rows}
+
+        return grouped("user_id"), grouped("item_id")
+
     def _judge(self, index: int, one: Interaction) -> Verdict:
         deleted_at = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", one.user_id)
         if deleted_at is not None and one.timestamp <= deleted_at:
@@ -209,7 +217,7 @@ class Ledger:
 
     def _append(self, kind: EntryKind, one: Interaction, received: float) -> list[Resolved]:
         seq = self._insert(kind, one, received)
-        return self._advance(seq, kind, one, received, items=True)
+        return self._advance(seq, kind, one, received)
 
     def _insert(self, kind: EntryKind, one: Interaction, received: float) -> int:
         cursor = self._db.execute(
@@ -230,12 +238,16 @@ class Ledger:
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def _advance(self, seq: int, kind: EntryKind, one: Interaction, received: float, *, items: bool) -> list[Resolved]:
-        """Move an impression on by one entry; `items` is whether its item is counted, too."""
+    def _advance(
+        self, seq: int, kind: EntryKind, one: Interaction, received: float, *, rebuilt_at: int | None = None
+    ) -> list[Resolved]:
+        """Move an impression on by one entry; where a deletion (its seq) rebuilds it, its item is not counted again."""
         unknown = NEGATIVE if kind == "expiry" else PENDING
         arrived = unknown if one.label is None else POSITIVE if one.label else NEGATIVE
-        row = self._db.execute("SELECT state FROM impressions WHERE impression_id = ?", (one.impression_id,)).fetchone()
-        before = PENDING if row is None else row[0]
+        row = self._db.execute(
+            "SELECT state, shown FROM impressions WHERE impression_id = ?", (one.impression_id,)
+        ).fetchone()
+        before, shown = (PENDING, one.timestamp) if row is None else row
         after = max(before, arrived)
         self._db.execute(
             "INSERT INTO impressions VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL) ON CONFLICT DO UPDATE SET"
@@ -252,8 +264,12 @@ class Ledger:
             ),
         )
         self._count("user", one.user_id, before, after)
-        if items:
+        if rebuilt_at is None:
             self._count("item", one.item_id, before, after)
+        stood, stands = Standing(before, shown), Standing(after, min(shown, one.timestamp))
+        if stood != stands:
+            item_id = one.item_id if rebuilt_at is None else None
+            self.changes.append(Change(rebuilt_at or seq, one.user_id, item_id, stood, stands))
         if arrived == POSITIVE:
             self._like(one)
         return [Resolved(one, after == POSITIVE)] if before != after else []
@@ -292,8 +308,9 @@ class Ledger:
             (one.user_id, MAX_LIKES),
         )
 
-    def _rebuild(self, user_id: str) -> None:
+    def _rebuild(self, user_id: str, tombstone: int) -> None:
         """Derive anew what follows from a user's entries; the items keep what was counted."""
+        self.changes.append(Forgotten(tombstone, user_id))
         self._db.execute("DELETE FROM impressions WHERE user_id = ?", (user_id,))
         self._db.execute("DELETE FROM likes WHERE user_id = ?", (user_id,))
         self._db.execute("DELETE FROM counts WHERE of = 'user' AND id = ?", (user_id,))
@@ -302,7 +319,7 @@ class Ledger:
         ).fetchall()
         for *row, received in left:
             entry = _entry(row)
-            self._advance(entry.seq, entry.kind, entry.interaction, received, items=False)
+            self._advance(entry.seq, entry.kind, entry.interaction, received, rebuilt_at=tombstone)
 
     def _value(self, query: str, *values: object) -> Any:
         row = self._db.execute(query, values).fetchone()

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from models.fusion import Counts
 from service.interactions.clock import Clock
+from service.interactions.counts import LiveCounts, LogChange
 from service.interactions.database import LogFileError, open_to_read
 from service.interactions.event import Interaction, LogEntry
-from service.interactions.ledger import CountOf, Counts, EventConflictError, Ledger, Resolved, Taken
+from service.interactions.ledger import CountOf, EventConflictError, Ledger, Resolved, Taken
 from service.interactions.live import LiveUser
 from service.interactions.writer import LogHealth, LogUnavailableError, Writer
 from service.metrics.interactions import InteractionMetrics
@@ -55,17 +57,35 @@ class EventLog:
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
-        self._writer = Writer(path, limits.attribution_s, self._opened)
+        self._writer = Writer(path, limits.attribution_s, self._opened, self._committed)
         self._reader: Ledger | None = None
         self._read_connection: sqlite3.Connection | None = None
         self._reader_error = ""
         self._ever_opened = False
+        self._filling = asyncio.Lock()
+        self._counts: tuple[LiveCounts, ...] = ()  # replaced whole: the writer's thread reads it
         self._deleted: dict[str, float] = {}  # for a log that cannot be read any more
 
     async def start(self) -> None:
         """Open the log, if that can be done now."""
         self._writer.start()
         await self.sweep()
+
+    def register(self, counts: LiveCounts) -> None:
+        """Keep a bundle's live counts up; they are filled when the log is opened, or by `fill_counts`."""
+        self._counts += (counts,)
+
+    def unregister(self, counts: LiveCounts) -> None:
+        """End keeping a bundle's live counts up."""
+        self._counts = tuple(one for one in self._counts if one is not counts)
+
+    async def fill_counts(self) -> None:
+        """Fill live counts that are not filled yet, in a thread; those that cannot be stay as they are."""
+        async with self._filling:
+            for counts in self._counts:
+                if self._ever_opened and not counts.live:
+                    with suppress(sqlite3.Error, LogFileError):
+                        await asyncio.to_thread(self._fill, counts)
 
     async def append(self, batch: Sequence[Interaction]) -> Taken:
         """Take a batch, all of it or nothing; it is on disk when this returns.
@@ -224,7 +244,24 @@ class EventLog:
     def _opened(self, ledger: Ledger) -> None:
         self._clock.not_before(ledger.last_received())
         self._deleted = {**self._deleted, **ledger.deletions()}
+        for counts in self._counts:
+            counts.refill(*ledger.counted_since(counts.until))
         self._ever_opened = True
+
+    def _committed(self, changes: Sequence[LogChange]) -> None:
+        for counts in self._counts:
+            counts.apply(changes)
+
+    def _fill(self, counts: LiveCounts) -> None:
+        """Fill counts from a connection of its own: the event loop would wait for a query of the whole log."""
+        connection = open_to_read(self._path)
+        try:
+            ledger = Ledger(connection, self._limits.attribution_s)
+            counts.collect()
+            connection.execute("BEGIN")  # both tables as of one seq
+            counts.fill(ledger.last_seq(), *ledger.counted_since(counts.until))
+        finally:
+            connection.close()
 
     def _read(self, work: Callable[[Ledger], T]) -> T:
         if not self._ever_opened:

@@ -7,6 +7,7 @@ from contextlib import suppress
 import structlog
 
 from service.interactions.clock import Clock
+from service.interactions.counts import LiveCounts
 from service.interactions.event import Interaction
 from service.interactions.ledger import EventConflictError, Resolved, Taken
 from service.interactions.live import LiveUser
@@ -75,6 +76,19 @@ class Recorder:
         self._tasks.clear()
         await self._log.close()
 
+    def register(self, counts: LiveCounts) -> None:
+        """Keep a bundle's live counts up from now on; they are filled when the log opens, within a second if it has."""
+        self._log.register(counts)
+
+    async def count(self, counts: LiveCounts) -> None:
+        """Keep a bundle's live counts up from now on, and fill them, if the log can be read now."""
+        self._log.register(counts)
+        await self._log.fill_counts()
+
+    def uncount(self, counts: LiveCounts) -> None:
+        """End keeping a bundle's live counts up."""
+        self._log.unregister(counts)
+
     async def record(self, batch: Sequence[Interaction]) -> Taken:
         """Take a batch, all of it or nothing; it is on disk when this returns.
 
@@ -128,6 +142,7 @@ class Recorder:
             while len(resolved) == AT_ONCE:
                 resolved = await self._log.sweep()
                 self._tell(resolved)
+            await self._log.fill_counts()
             self._tell_health()
             if self._replay is not None and resolved:
                 self._replay.wake()

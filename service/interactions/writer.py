@@ -4,13 +4,14 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from service.interactions.counts import LogChange
 from service.interactions.database import FileLock, LogFileError, open_database
 from service.interactions.ledger import Ledger
 
@@ -45,11 +46,20 @@ class _Job:
 class Writer:
     """Opens the log, and opens it again after a failure; runs work in transactions that are on disk when they end."""
 
-    def __init__(self, path: Path, attribution_s: float, on_open: Callable[[Ledger], None]) -> None:
-        """`on_open` is called in the writer's thread each time that the log has been opened."""
+    def __init__(
+        self,
+        path: Path,
+        attribution_s: float,
+        on_open: Callable[[Ledger], None],
+        on_commit: Callable[[Sequence[LogChange]], None] = lambda _: None,
+    ) -> None:
+        """Both are called in the writer's thread: `on_open` each time that the log has been opened; `on_commit`, which
+        must not raise, with what one commit has changed, before any of its jobs is told that it is on disk.
+        """
         self._path = path
         self._attribution_s = attribution_s
         self._on_open = on_open
+        self._on_commit = on_commit
         self._jobs: queue.Queue[_Job | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name="interactions", daemon=True)
         self._lock: FileLock | None = None
@@ -124,19 +134,23 @@ class Writer:
         assert self._connection is not None
         self._require_in_place()
         run = self._connection.execute
+        ledger.changes.clear()
         run("BEGIN IMMEDIATE")
         outcomes: list[Any] = []
         for job in jobs:
             run("SAVEPOINT job")
+            changes = len(ledger.changes)
             try:
                 outcomes.append(job.work(ledger))
             except (sqlite3.Error, OSError):
                 raise
             except Exception as error:
                 run("ROLLBACK TO job")
+                del ledger.changes[changes:]
                 outcomes.append(error)
             run("RELEASE job")
         run("COMMIT")
+        self._on_commit(ledger.changes)
         self._remnants = self._remnants or any(job.erases for job in jobs)
         self.health = LogHealth(True, f"{self._path}: {ledger.entries()} entries")
         return outcomes

@@ -16,12 +16,12 @@ router = APIRouter(route_class=JsonRoute, tags=["scoring"])
 
 @router.post("/rank", response_model=RankResponse, responses=ERRORS)
 async def rank_candidates(body: RankRequest, request: Request, timeout_ms: TimeoutHeader = None) -> Response:
-    """Rank candidates for one user by raw score, best first; equal scores keep the request's order."""
+    """Rank candidates for one user by score, best first; equal scores keep the request's order."""
     questions = questions_of_rank(body, collaborators_of(request).settings)
-    scored = await score_for(request, questions, body.on_unknown, timeout_ms)
+    scored = await score_for(request, questions, body.on_unknown, timeout_ms, explain=body.explain)
     [answer] = scored.answers
     # Python's sort is stable, so ties keep the request's order.
-    best_first = sorted((item for item in answer.items if item is not None), key=lambda item: -item.raw_score)
+    best_first = sorted((item for item in answer.items if item is not None), key=lambda item: -item.score)
     results = [RankedItem(**item.fields(), rank=rank) for rank, item in enumerate(best_first[: body.top_k], start=1)]
     remember(request, scored, [ServedScore(one.rank, answer.user_id, one.item_id, one.score) for one in results])
     response = RankResponse(

@@ -21,7 +21,7 @@ async def score_pairs(body: ScoreRequest, request: Request, timeout_ms: TimeoutH
     Pairs of one user with the same history share one pass over it.
     """
     questions, places = questions_of_score(body, collaborators_of(request).settings)
-    scored = await score_for(request, questions, body.on_unknown, timeout_ms)
+    scored = await score_for(request, questions, body.on_unknown, timeout_ms, explain=body.explain)
     results = []
     for index, (question, candidate) in enumerate(places):
         answer = scored.answers[question]

@@ -51,13 +51,19 @@ class Scored:
         return {
             "request_id": self.request_id,
             "bundle_id": self.bundle_id,
+            "counts": self.answers[0].counts,
             "skipped": self.skipped,
             "timings_ms": {leg: round(1000 * seconds, 3) for leg, seconds in self.seconds.items()},
         }
 
 
 async def score_for(
-    request: Request, questions: Sequence[Question], on_unknown: OnUnknown, timeout_ms: int | None
+    request: Request,
+    questions: Sequence[Question],
+    on_unknown: OnUnknown,
+    timeout_ms: int | None,
+    *,
+    explain: bool,
 ) -> Scored:
     """Score a request's questions within its deadline, as long as its client waits.
 
@@ -76,7 +82,7 @@ async def score_for(
         try:
             async with asyncio.timeout(timeout_s):
                 deadline = time.monotonic() + timeout_s
-                work = score(questions, handle, on_unknown, deadline, timings, live)
+                work = score(questions, handle, on_unknown, deadline, timings, live, explain=explain)
                 answers, skipped = await _while_connected(request, work)
         except TimeoutError as error:
             raise DeadlineExceededError(f"not scored within {timeout_s:g} s") from error
@@ -91,7 +97,10 @@ async def score_for(
 def answer_with(body: BaseModel, scored: Scored) -> Response:
     """Return a response with its timings in the header too. Serialized here, once: it is already validated."""
     timing = ", ".join(f"{leg};dur={1000 * seconds:.3f}" for leg, seconds in scored.seconds.items())
-    return Response(body.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
+    # What is absent (`parts` without explain) is left out, not null.
+    return Response(
+        body.model_dump_json(exclude_none=True), media_type="application/json", headers={"Server-Timing": timing}
+    )
 
 
 def remember(request: Request, scored: Scored, results: Sequence[ServedScore]) -> None:

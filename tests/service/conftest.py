@@ -49,9 +49,10 @@ def collaborators(bundle: Bundle, engine: Engine, *later: Engine, **settings: ob
     parts = open_parts(bundle)
     model = models.open(parts)
     bundles = Bundles(handle_of(parts, model.engine, model.batcher, stores), metrics)
-    changes = BundleChanges(chosen, bundles, models, stores, metrics, log)
-    shadow = Shadow(bundles, metrics, log, idle=lambda: models.idle, seed=0)
     recorder = open_recorder(chosen, metrics, log, stores.interactions(chosen.retention_days * DAY_S))
+    recorder.register(bundles.current.counts)
+    changes = BundleChanges(chosen, bundles, models, stores, recorder, metrics, log)
+    shadow = Shadow(bundles, metrics, log, idle=lambda: models.idle, seed=0)
     return Collaborators(chosen, bundles, changes, shadow, metrics, log, recorder, quality, stores)
 
 

@@ -6,10 +6,12 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from models.features import ItemFeatures, UserFeatures
+from models.fusion import Counts
 from service.features.codec import Codec, Precision, RecordError
 
 CODEC = Codec(d_collab=3, d_model=5)
 IDS = st.text(min_size=1, max_size=12).filter(str.isprintable)
+COUNTS = st.builds(Counts, st.integers(0, 2**63), st.integers(0, 2**63))
 FINITE = st.floats(-60_000, 60_000, width=32)
 
 
@@ -17,7 +19,7 @@ def vector(length: int) -> st.SearchStrategy[NDArray[np.float32]]:
     return arrays(np.float32, length, elements=FINITE)
 
 
-ITEMS = st.builds(ItemFeatures, IDS, IDS, vector(3), vector(3), vector(5), st.booleans())
+ITEMS = st.builds(ItemFeatures, IDS, IDS, vector(3), vector(3), vector(5), st.booleans(), COUNTS)
 HISTORIES = st.lists(st.tuples(IDS, st.floats(0, 2e9)), max_size=20)
 
 
@@ -30,6 +32,7 @@ def users(draw: st.DrawFn) -> UserFeatures:
         tuple(one for one, _ in history),
         tuple(time for _, time in history),
         draw(st.integers(len(history), 2**32 - 1)),
+        draw(COUNTS),
     )
 
 
@@ -38,9 +41,10 @@ def test_an_item_comes_back_to_the_bit_and_its_beginning_alone_as_history(item: 
     record = CODEC.encode_item(item, Precision.FLOAT32)
     back = CODEC.decode_item(item.item_id, record)
     assert (back.item_id, back.title, back.trained) == (item.item_id, item.title, item.trained)
+    assert back.counts == item.counts
     for name in ("collab_C", "fold_C", "semantic_D"):
         assert getattr(back, name).tobytes() == getattr(item, name).tobytes()
-    part = CODEC.decode_history_part(item.item_id, record[: len(record) - 4 * (3 + 5)])
+    part = CODEC.decode_history_part(item.item_id, record[: len(record) - 4 * (3 + 5) - 16])
     assert (part.title, part.fold_C.tobytes()) == (item.title, item.fold_C.tobytes())
     assert not hasattr(part, "semantic_D")
 
@@ -53,6 +57,7 @@ def test_a_user_comes_back_to_the_bit(user: UserFeatures) -> None:
         user.history_times,
         user.history_total,
     )
+    assert back.counts == user.counts
     assert (back.vector_C is None) == (user.vector_C is None)
     if user.vector_C is not None and back.vector_C is not None:
         assert back.vector_C.tobytes() == user.vector_C.tobytes()

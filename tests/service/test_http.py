@@ -158,8 +158,8 @@ async def test_top_k_cuts_and_ties_keep_the_requests_order(client: httpx.AsyncCl
     body = {"user_id": "u1", "candidates": ["i1", twins[0], "i2", *twins[1:], "i3"]}
     results = (await client.post("/rank", json=body)).json()["results"]
     assert [one["item_id"] for one in results if one["item_id"].startswith("twin")] == ["twin3", "twin1", "twin2"]
-    raw = [one["raw_score"] for one in results]
-    assert raw == sorted(raw, reverse=True) and len(set(raw)) == 4
+    scores = [one["score"] for one in results]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 4
     cut = (await client.post("/rank", json={**body, "top_k": 3})).json()["results"]
     assert cut == results[:3]
     assert (await client.post("/rank", json={**body, "top_k": 10**9})).json()["results"] == results

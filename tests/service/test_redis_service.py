@@ -34,10 +34,10 @@ async def served(bundle: Bundle, model: ScoringModel, **settings: object) -> Asy
         yield client
 
 
-async def ranked(client: httpx.AsyncClient, body: dict[str, Any] = ASKED) -> list[tuple[str, float, bool]]:
+async def ranked(client: httpx.AsyncClient, body: dict[str, Any] = ASKED) -> list[tuple[str, float, float, bool]]:
     answer = await client.post("/rank", json=body)
     assert answer.status_code == 200, answer.text
-    return [(one["item_id"], one["raw_score"], one["cold_item"]) for one in answer.json()["results"]]
+    return [(one["item_id"], one["score"], one["raw_score"], one["cold_item"]) for one in answer.json()["results"]]
 
 
 async def test_scores_from_redis_are_those_from_the_tables_to_the_bit(

@@ -25,7 +25,7 @@ def everything(bundle: Bundle) -> Query:
 def same_user(one: UserFeatures, other: UserFeatures) -> bool:
     def rest(user: UserFeatures) -> tuple[object, ...]:
         vector = None if user.vector_C is None else user.vector_C.tobytes()
-        return user.user_id, vector, user.history, user.history_times, user.history_total
+        return user.user_id, vector, user.history, user.history_times, user.history_total, user.counts
 
     return rest(one) == rest(other)
 
@@ -44,7 +44,8 @@ def assert_same(found: Features, bundle: Bundle, query: Query) -> None:
             assert (part.title, part.fold_C.tobytes()) == (item.title, item.fold_C.tobytes())
     for item_id, whole in found.items.items():
         item = tables.item(item_id)
-        assert item is not None and (whole.title, whole.trained) == (item.title, item.trained)
+        assert item is not None
+        assert (whole.title, whole.trained, whole.counts) == (item.title, item.trained, item.counts)
         for name in ("collab_C", "fold_C", "semantic_D"):
             assert getattr(whole, name).tobytes() == getattr(item, name).tobytes()
 

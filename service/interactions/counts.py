@@ -1,0 +1,141 @@
+"""Live counts: impressions with a known outcome and positives, counted since a bundle's own counts end.
+
+The log is the truth: counts are filled from it by one query, and kept up by the changes that its writer reports after
+each commit.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from models.fusion import Counts
+
+PENDING, NEGATIVE, POSITIVE = 0, 1, 2
+
+
+class Standing(NamedTuple):
+    """Where an impression stands: its state, and when the item was shown, UTC seconds by the client."""
+
+    state: int
+    shown: float
+
+    def counts(self, until: float) -> Counts:
+        """Return what the impression counts for a bundle whose own counts end at `until`."""
+        known = self.state != PENDING and self.shown > until
+        return Counts(int(known), int(known and self.state == POSITIVE))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one entry changed of an impression. `item_id` is None where the item keeps what it has."""
+
+    seq: int
+    user_id: str
+    item_id: str | None
+    before: Standing
+    after: Standing
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """A user was deleted; changes behind it count what is left of the user anew."""
+
+    seq: int
+    user_id: str
+
+
+LogChange = Change | Forgotten
+Table = Mapping[str, Counts]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The live counts of one request; those never counted are missing. `live` is False where there are none to have."""
+
+    live: bool
+    users: Table
+    items: Table
+
+
+NOTHING_COUNTED = Counted(False, {}, {})
+
+
+class LiveCounts:
+    """The live counts of one bundle.
+
+    Threads: `of` and `live` are for any thread and take no lock, as every value is replaced at once. The others change
+    something under one lock: `apply` and `refill` in the log's writer thread, `collect` and `fill` in another one.
+    """
+
+    def __init__(self, until: float) -> None:
+        """`until` is where the bundle's own counts end, UTC seconds: what was shown up to then is not counted."""
+        self.until = until
+        self._lock = threading.Lock()
+        self._tables: tuple[dict[str, Counts], dict[str, Counts]] | None = None  # users, items; None: not filled
+        self._waiting: list[LogChange] | None = None  # what came while `fill` reads; None: nobody reads
+
+    @property
+    def live(self) -> bool:
+        """Whether the counts have been filled, and so hold everything that was acknowledged."""
+        return self._tables is not None
+
+    def of(self, user_ids: Iterable[str], item_ids: Iterable[str]) -> Counted:
+        """Return the counts of users and items."""
+        if self._tables is None:
+            return NOTHING_COUNTED
+        users, items = self._tables
+        return Counted(
+            True,
+            {one: counts for one in user_ids if (counts := users.get(one)) is not None},
+            {one: counts for one in item_ids if (counts := items.get(one)) is not None},
+        )
+
+    def refill(self, users: Table, items: Table) -> None:
+        """Begin anew with what the log has; called in the writer's thread, so no change is under way."""
+        with self._lock:
+            self._tables, self._waiting = (dict(users), dict(items)), None
+
+    def collect(self) -> None:
+        """Keep changes from now on for the `fill` that follows."""
+        with self._lock:
+            self._waiting = []
+
+    def fill(self, seq: int, users: Table, items: Table) -> None:
+        """Begin with what the log had up to `seq`, and what has come since; nothing where `refill` was first."""
+        with self._lock:
+            if self._tables is None and self._waiting is not None:
+                tables = dict(users), dict(items)
+                for change in self._waiting:
+                    if change.seq > seq:
+                        self._apply(tables, change)
+                self._tables = tables
+            self._waiting = None
+
+    def apply(self, changes: Sequence[LogChange]) -> None:
+        """Count what one commit of the log has changed."""
+        with self._lock:
+            if self._tables is not None:
+                for change in changes:
+                    self._apply(self._tables, change)
+            elif self._waiting is not None:
+                self._waiting += changes
+
+    def _apply(self, tables: tuple[dict[str, Counts], dict[str, Counts]], change: LogChange) -> None:
+        users, items = tables
+        if isinstance(change, Forgotten):
+            users.pop(change.user_id, None)
+            return
+        before, after = change.before.counts(self.until), change.after.counts(self.until)
+        if before != after:
+            _move(users, change.user_id, before, after)
+            if change.item_id is not None:
+                _move(items, change.item_id, before, after)
+
+
+def _move(table: dict[str, Counts], one: str, before: Counts, after: Counts) -> None:
+    impressions, positives = table.get(one, Counts())
+    table[one] = Counts(
+        max(0, impressions + after.impressions - before.impressions),
+        max(0, positives + after.positives - before.positives),
+    )

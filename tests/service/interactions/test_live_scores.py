@@ -1,0 +1,252 @@
+"""Served scores are the fusion computed here from the same events, after every step, with the real model and log."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from models.fusion import PARTS, Counts, Known
+from models.loading import Bundle
+from models.scoring_model import ScoringModel
+from service.collaborators import Collaborators
+from service.engines.packed import PackedModel
+from tests.service.bundles import give
+from tests.service.conftest import client_of, collaborators
+from tests.service.direct import DirectEngine
+from tests.service.echo import EchoEngine
+from tests.tiny import HISTORY_END, tiny_bundle
+
+pytestmark = pytest.mark.anyio
+
+NEW = {"item_id": "new", "title": "A title nobody has seen"}
+CANDIDATES: list[Any] = ["i1", "i2", "i39", NEW]
+LIVE_AT = HISTORY_END + 1000
+
+
+class Offline:
+    """The score by `Fusion` from the tables, the likes in the user's history, and counts kept by hand."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.tables, self.fusion = bundle.tables(), bundle.fusion()
+        self.users: dict[str, Counts] = {}
+        self.items: dict[str, Counts] = {}
+        self.deleted: set[str] = set()
+
+    def saw(self, user_id: str, item_id: str, impressions: int, positives: int) -> None:
+        for table, one in ((self.users, user_id), (self.items, item_id)):
+            table[one] = table.get(one, Counts()) + Counts(impressions, positives)
+
+    def forgets(self, user_id: str) -> None:
+        self.users.pop(user_id, None)
+        self.deleted.add(user_id)
+
+    def logit(self, user_id: str, result: dict[str, Any], user_C: np.ndarray, item_C: np.ndarray) -> float:
+        user = None if user_id in self.deleted else self.tables.user(user_id)
+        item = self.tables.item(result["item_id"])
+        of_user = (user.counts if user else Counts()) + self.users.get(user_id, Counts())
+        of_item = (item.counts if item else Counts()) + self.items.get(result["item_id"], Counts())
+        raw = result["raw_score"]
+        known = Known(
+            lm_K=np.array([math.log(raw) - math.log1p(-raw)]),
+            user_KC=user_C[None],
+            item_KC=item_C[None],
+            user_impressions_K=np.array([of_user.impressions]),
+            user_positives_K=np.array([of_user.positives]),
+            item_impressions_K=np.array([of_item.impressions]),
+            item_positives_K=np.array([of_item.positives]),
+            cold_user_K=np.array([user is None or user.vector_C is None]),
+            cold_item_K=np.array([item is None or not item.trained]),
+        )
+        return float(self.fusion.logits(known)[0])
+
+
+@pytest.fixture
+async def serving(bundle: Bundle, model: ScoringModel, tmp_path: Path) -> AsyncIterator[Collaborators]:
+    engine = DirectEngine(PackedModel(bundle, model, batch_tokens=600))
+    service = collaborators(bundle, engine, interactions=tmp_path / "log.sqlite", attribution_s=1.0, batch_tokens=600)
+    await service.interactions.start()
+    yield service
+    await service.interactions.close()
+
+
+@pytest.fixture
+async def client(serving: Collaborators) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(serving) as client:
+        yield client
+
+
+class Steps:
+    """Posts events and compares the next answers with what is computed here."""
+
+    def __init__(self, client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel) -> None:
+        self.client, self.offline = client, Offline(bundle)
+        self.assembler = bundle.assembler(bundle.encoder(), self.offline.tables)
+        distilled = model.distil([self.assembler.template.distil(self.assembler.title(NEW["title"]))])[0]
+        self.new = self.offline.tables.unseen_item(NEW["item_id"], NEW["title"], distilled)
+        self.number = 0
+
+    async def post(self, user_id: str, item_id: str, label: bool | None, at: float = LIVE_AT, **more: Any) -> str:
+        self.number += 1
+        event = {"event_id": f"e{self.number}", "user_id": user_id, "item_id": item_id, "label": label, **more}
+        event["timestamp"] = at + self.number
+        answer = await self.client.post("/interactions", json={"interactions": [event]})
+        assert answer.status_code == 200, answer.text
+        return str(event["event_id"])
+
+    def vector(self, user_id: str, liked: list[str]) -> np.ndarray:
+        user = None if user_id in self.offline.deleted else self.offline.tables.user(user_id)
+        window = [item for one in liked if (item := self.offline.tables.item(one)) is not None]
+        return self.assembler.user(user, window, len(window)).vector_C
+
+    async def compare(self, user_id: str, liked: list[str], **fields: Any) -> None:
+        """`liked` is the history that the prompt shows, for a user without a trained vector."""
+        body = {"user_id": user_id, "candidates": CANDIDATES, "explain": True, **fields}
+        ranked = (await self.client.post("/rank", json=body)).json()
+        assert ranked["counts"] == "live"
+        user_C = self.vector(user_id, liked)
+        for result in ranked["results"]:
+            item = self.offline.tables.item(result["item_id"]) or self.new
+            logit = self.offline.logit(user_id, result, user_C, item.collab_C)
+            assert result["score"] == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6), result
+            assert tuple(result["parts"]) == PARTS
+            assert sum(result["parts"].values()) == pytest.approx(
+                math.log(result["score"]) - math.log1p(-result["score"]), abs=1e-5
+            )
+        scores = [one["score"] for one in ranked["results"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+async def test_every_acknowledged_interaction_is_in_the_next_score(
+    client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel
+) -> None:
+    steps = Steps(client, bundle, model)
+    offline = steps.offline
+    for user_id in ("u0", "u1"):
+        await steps.compare(user_id, [])
+    await steps.post("u0", "i1", False)
+    offline.saw("u0", "i1", 1, 0)
+    await steps.compare("u0", [])
+    await steps.post("u1", "i1", True)
+    offline.saw("u1", "i1", 1, 1)
+    await steps.compare("u0", [])  # another user's outcome counts for the item
+    await steps.compare("u1", [])
+    shown = {"request_id": "r", "position": 1}
+    await steps.post("u0", "i2", False, **shown)
+    await steps.post("u0", "i2", True, **shown)  # a negative that becomes a positive
+    offline.saw("u0", "i2", 1, 1)
+    await steps.compare("u0", [])
+    await steps.post("u0", "new", True)  # an item outside the catalogue
+    offline.saw("u0", "new", 1, 1)
+    await steps.compare("u0", [])
+    await steps.post("u0", "i39", True, at=HISTORY_END - 100)  # the bundle's own counts may have it
+    await steps.compare("u0", [])
+    await steps.compare("u0", ["i3", "i4"], history=["i3", "i4"])  # a request's history changes no count
+
+
+async def test_a_user_unknown_to_the_bundle_counts_from_the_first_outcome(
+    client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel
+) -> None:
+    steps = Steps(client, bundle, model)
+    await steps.compare("stranger", [])
+    await steps.post("stranger", "i2", True)
+    steps.offline.saw("stranger", "i2", 1, 1)
+    await steps.compare("stranger", ["i2"])
+    await steps.post("stranger", "i1", False)
+    steps.offline.saw("stranger", "i1", 1, 0)
+    await steps.compare("stranger", ["i2"])
+
+
+async def test_an_impression_counts_once_its_time_has_passed(
+    client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel, serving: Collaborators
+) -> None:
+    steps = Steps(client, bundle, model)
+    event_id = await steps.post("u2", "i1", None)
+    await steps.compare("u2", [])
+    until = time.monotonic() + 10
+    while not serving.bundles.current.counts.of(["u2"], []).users:
+        assert time.monotonic() < until
+        await asyncio.sleep(0.05)
+    steps.offline.saw("u2", "i1", 1, 0)
+    await steps.compare("u2", [])
+    steps.number -= 1  # the same event, with its outcome
+    assert await steps.post("u2", "i1", True) == event_id
+    steps.offline.saw("u2", "i1", 0, 1)
+    await steps.compare("u2", [])
+
+
+async def test_a_deleted_user_has_no_counts_and_the_items_keep_theirs(
+    client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel
+) -> None:
+    steps = Steps(client, bundle, model)
+    await steps.post("u1", "i1", True)
+    steps.offline.saw("u1", "i1", 1, 1)
+    assert (await client.delete("/users/u1")).status_code == 200
+    steps.offline.forgets("u1")
+    await steps.compare("u1", [])
+    await steps.compare("u0", [])
+    await steps.post("u1", "i2", True, at=time.time() + 10)
+    steps.offline.saw("u1", "i2", 1, 1)
+    await steps.compare("u1", ["i2"])
+
+
+async def test_parts_are_there_only_where_they_are_asked_for(client: httpx.AsyncClient) -> None:
+    pairs = {"pairs": [{"user_id": "u1", "item_id": "i1"}, {"user_id": "u2", "item_id": "i2"}]}
+    plain = (await client.post("/score", json=pairs)).json()
+    explained = (await client.post("/score", json={**pairs, "explain": True})).json()
+    assert all("parts" not in one for one in plain["results"])
+    for one in explained["results"]:
+        logit = math.log(one["score"]) - math.log1p(-one["score"])
+        assert tuple(one["parts"]) == PARTS and sum(one["parts"].values()) == pytest.approx(logit, abs=1e-5)
+    assert [one["score"] for one in plain["results"]] == pytest.approx([one["score"] for one in explained["results"]])
+    refused = await client.post("/score", json={**pairs, "explain": "yes"})
+    assert refused.status_code == 422 and refused.json()["error"]["field"] == "explain"
+
+
+async def test_without_a_log_the_bundles_counts_stand_and_the_answer_says_so(
+    bundle: Bundle, model: ScoringModel, tmp_path: Path
+) -> None:
+    engine = DirectEngine(PackedModel(bundle, model, batch_tokens=600))
+    service = collaborators(bundle, engine, interactions=tmp_path / "missing" / "log.sqlite", batch_tokens=600)
+    await service.interactions.start()
+    async with client_of(service) as client:
+        body = {"user_id": "u1", "candidates": ["i1"]}
+        without = (await client.post("/rank", json=body)).json()
+        assert without["counts"] == "bundle"
+        (tmp_path / "missing").mkdir()
+        until = time.monotonic() + 15
+        while (found := (await client.post("/rank", json=body)).json())["counts"] == "bundle":
+            assert time.monotonic() < until
+            await asyncio.sleep(0.1)
+        assert found["results"] == without["results"]  # nothing has been counted yet
+    await service.interactions.close()
+
+
+async def test_each_bundle_counts_from_where_its_own_counts_end(tmp_path: Path) -> None:
+    """What a newer bundle was trained on does not count twice in it, and both go on counting."""
+    old = tiny_bundle(tmp_path / "old")
+    new = tiny_bundle(tmp_path / "new", rest_seed=1, counted_until=LIVE_AT + 50)
+    service = collaborators(old, EchoEngine(), interactions=tmp_path / "log.sqlite")
+    await service.interactions.start()
+
+    def event(name: str, at: float) -> dict[str, Any]:
+        return {"event_id": name, "user_id": "u1", "item_id": "i1", "label": True, "timestamp": at}
+
+    async with client_of(service) as client:
+        first = [event("trained on", LIVE_AT), event("since", LIVE_AT + 100)]
+        assert (await client.post("/interactions", json={"interactions": first})).status_code == 200
+        assert (await give(client, new, "canary", share=1.0)).status_code == 200
+        await client.post("/interactions", json={"interactions": [event("later", LIVE_AT + 200)]})
+        counts = {role: seat.handle.counts.of(["u1"], ["i1"]) for role, seat in service.bundles.roles.items()}
+        assert [one.users["u1"] for one in counts.values()] == [Counts(3, 3), Counts(2, 2)]
+        assert [one.items["i1"] for one in counts.values()] == [Counts(3, 3), Counts(2, 2)]
+        canary = (await client.post("/rank", json={"user_id": "u1", "candidates": ["i1"]})).json()
+        assert (canary["bundle_id"], canary["counts"]) == (new.id, "live")
+    await service.changes.close()
+    await service.changes.free()
+    await service.interactions.close()
