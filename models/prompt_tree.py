@@ -13,7 +13,7 @@ S of the longest branch, H query heads, J key/value heads, E dimensions of a hea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -83,12 +83,14 @@ class PromptTree:
 
     def to(self, device: torch.device | str) -> "PromptTree":
         """Return the tree on a device."""
-        moved = {
-            name: {kind: one.to(device) for kind, one in value.items()} if isinstance(value, dict) else value.to(device)
-            for name in self.__slots__
-            if not isinstance(value := getattr(self, name), int)
-        }
-        return PromptTree(**moved, longest=self.longest, root=self.root)
+        tensors = ("token_ids_T", "position_ids_T", "answers_K", "trunk_of_K", "root_1RR", "trunks_1PX", "branches_KSX")
+        return replace(
+            self,
+            **{name: getattr(self, name).to(device) for name in tensors},
+            slots={kind: places.to(device) for kind, places in self.slots.items()},
+            trunks=self.trunks.to(device),
+            branches=self.branches.to(device),
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Return one layer's attention, (1, T, H, E); `query` is (1, H, T, E), `key` and `value` (1, J, T, E)."""
@@ -103,7 +105,7 @@ class PromptTree:
             key_NJPE, value_NJPE = both_NPX.view(lines, -1, 2, pairs, width).permute(2, 0, 3, 1, 4)
             scores_NJGSP = (query_NJQE @ key_NJPE.transpose(-1, -2)).unflatten(2, (-1, length))
             weights = (scores_NJGSP.float() + seen_NSP[:, None, None]).softmax(-1).to(value_NJPE.dtype)
-            out_NJGSE = (weights.flatten(2, 3) @ value_NJPE).unflatten(2, (-1, length))
+            out_NJGSE: Tensor = (weights.flatten(2, 3) @ value_NJPE).unflatten(2, (-1, length))
             return out_NJGSE.permute(0, 3, 1, 2, 4).reshape(lines * length, heads * width)
 
         root_RX, trunks_NXX = both_TX[: self.root], self.trunks.take(both_TX)

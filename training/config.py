@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.template import TemplateConfig
 from training.data.history import Ties
 
+TINY = "tiny"  # the stand-in's name as a backbone
+
 
 class ConfigError(ValueError):
     """A configuration file that cannot be used; the message names the key and the mend."""
@@ -60,8 +62,8 @@ class AdaptConfig(_Frozen):
     rank: int = Field(16, ge=1, description="all linear layers; CoLLM's 8 on two of them learns less on Qwen2")
     alpha: int = Field(32, ge=1, description="twice the rank, the usual scale")
     dropout: float = Field(0.0, ge=0, lt=1, description="one epoch does not overfit, and on a CPU it costs a third")
-    # At 2e-3 stage 1 learns, the stand-in no longer reads its slots, and stage 3 loses more (docs/results.md).
-    schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=1e-4, evaluations_per_epoch=2)
+    # At 1e-4 a small model stays at chance. Four hundred steps bound the time on a CPU.
+    schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=400)
 
 
 class AlignConfig(_Frozen):
@@ -101,8 +103,7 @@ class ProjectConfig(_Frozen):
         0.1, ge=0, description="learning rate of the tables, relative to the projections'; form paper"
     )
     table_decay: float = Field(0.0, ge=0, description="pull of the tables back to stage 2's")
-    # Longer, also at half the rate, stage 3 gathers more noise than it learns of b_u (docs/results.md).
-    schedule: ScheduleConfig = ScheduleConfig(epochs=0.6, learning_rate=3e-3, evaluations_per_epoch=2, min_steps=250)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=0.6, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=200)
 
 
 class Config(_Frozen):
@@ -111,11 +112,13 @@ class Config(_Frozen):
     seed: int = Field(0, ge=0)
     template: TemplateConfig = TemplateConfig()
     ties: Ties = Field("strict", description="what a history holds of the row's own second (docs/data.md); none of it")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the merged weights: distil, train, serve")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the merged weights: embed, train, serve; auto: float32 for tiny, bfloat16 for the rest"
+    )
     autocast: bool = Field(True, description="bf16 products in training; weights and gradients stay in their type")
-    max_tokens: int = Field(2048, ge=64, description="tokens of one forward and backward, padding included")
+    max_tokens: int = Field(2048, ge=64, description="tokens of one forward and backward")
     max_targets: int = Field(16, ge=1, description="targets of one pack, so that a batch mixes users")
-    validation_rows: int = Field(5_000, ge=1, description="rows of valid that choose checkpoints")
+    validation_rows: int = Field(2_000, ge=1, description="rows of valid that choose checkpoints")
     checkpoint_seconds: float = Field(30.0, gt=0)
     gradient_checkpointing: bool = Field(False, description="recompute activations: a third slower, far less memory")
     tiny: TinyConfig = TinyConfig()
@@ -128,6 +131,12 @@ class Config(_Frozen):
         if self.template.history_tokens + 300 > self.max_tokens:
             raise ValueError(f"max_tokens {self.max_tokens} does not hold one prompt; raise it to history_tokens + 300")
         return self
+
+    def number_type(self, backbone: str) -> Literal["float32", "bfloat16"]:
+        """Return the type of the merged weights for a backbone as `fit` names it."""
+        if self.dtype == "auto":
+            return "float32" if backbone == TINY else "bfloat16"
+        return self.dtype
 
     @classmethod
     def changed_by(cls, given: Any) -> "Config":

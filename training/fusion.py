@@ -88,8 +88,8 @@ def cross_fitted(
     """Return each way's scores, `(B,)`, every row's by a fusion that was fitted on the rows of other users.
 
     A fold's intercept is low where the users left out like much. Beside rows of other folds that would lower the AUC
-    of any scorer, by 0.004 for 350 users. So every fold's logits of all rows get one mean and one spread, the folds' own
-    on average: two numbers for all rows alike, which order none before another.
+    of any scorer, by 0.004 for 350 users. So every fold's logits of all rows get one mean and one spread, the folds'
+    own on average: two numbers for all rows alike, which order none before another.
     """
     design = _Design.of(ways, labels_B, users_B, rates)
     users, code_N = np.unique(design.user_N, return_inverse=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -34,6 +34,7 @@ from models.probe import probe
 from models.projection import Projections
 from models.scoring_model import ScoringModel
 from models.template import Template
+from training.config import TINY
 from training.counts import counts_by_id
 from training.data.dataset import Dataset
 from training.data.history import Histories, build_histories
@@ -47,8 +48,6 @@ from training.stages.pretrain import pretrain
 from training.stages.project import initial_projections, project
 from training.verdict import FittedFusion, fit_and_judge
 
-TINY = "tiny"
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -57,6 +56,7 @@ class Prepared:
     source: str | Path
     adapter: Path
     base_id: str
+    dtype: Literal["float32", "bfloat16"]
     backbone: Backbone
     examples: Examples
     semantic_ID: Tensor
@@ -111,9 +111,10 @@ def prepare(run: Run, dataset: Dataset, histories: Histories, backbone: str) -> 
     run.say(f"backbone {backbone}: packed scores equal its own to {probe(base, longest):.1g} logits")
     examples = Examples(dataset, histories, Template(run.config.template, base.encoder))
     del base
-    adapter = adapt(run, examples, source)
-    merged = load_merged(source, adapter, dtype=DTYPES[run.config.dtype], device=str(run.device))
-    return Prepared(source, adapter, base_id, merged, examples, distil_items(run, examples, merged))
+    dtype = run.config.number_type(backbone)
+    adapter = adapt(run, examples, source, DTYPES[dtype])
+    merged = load_merged(source, adapter, dtype=DTYPES[dtype], device=str(run.device))
+    return Prepared(source, adapter, base_id, dtype, merged, examples, distil_items(run, examples, merged))
 
 
 def _projected(run: Run, prepared: Prepared, collab: Collab) -> tuple[dict[str, Tensor], Projections, dict[str, Any]]:
@@ -207,14 +208,14 @@ def _write(
 
     def manifest(files: dict[str, FileEntry]) -> Manifest:
         d_collab, d_hidden, d_model = projections.sizes
-        answers = prepared.backbone.answers
+        answers, dtype = prepared.backbone.answers, prepared.dtype
         return Manifest(
             created_by=f"sella {version('sella')}",
             backbone=BackboneEntry(
                 source="backbone" if inside else str(prepared.source),
                 base_id=prepared.base_id,
-                merged_id=merged_id(prepared.base_id, prepared.adapter, config.dtype),
-                dtype=config.dtype,
+                merged_id=merged_id(prepared.base_id, prepared.adapter, dtype),
+                dtype=dtype,
                 parameters=prepared.backbone.parameters,
                 yes_id=answers.yes,
                 no_id=answers.no,

@@ -3,28 +3,30 @@
 from typing import Any
 
 import numpy as np
+import torch
 
-from training.examples import Examples
+from training.examples import Examples, Targets
 from training.metrics import paired_difference
 from training.prediction import figures
 from training.run import Run, read_tensors
 from training.stages.align import Collab
-from training.stages.project import Projected
+from training.stages.project import Projected, folded_users
 
 
 def stage_report(run: Run, examples: Examples, collab: Collab, result: Projected) -> dict[str, Any]:
-    """Return every stage's AUC and UAUC on valid, and stage 3's paired difference to stage 1 and to MF alone."""
+    """Return every stage's AUC and UAUC on valid, and stage 3's paired difference to each of the others."""
     valid = examples.targets("valid", run.config.max_targets)
     logits = {
         "stage 1, text alone": read_tensors(run.folder / "adapt_valid.safetensors")[0]["logits"].numpy(),
-        "stage 2, MF alone": matrix_factorization_scores(examples, collab, "valid"),
+        "matrix factorisation": read_tensors(run.folder / "align_result.safetensors")[0]["valid_mf"].numpy(),
+        "stage 2": collab_predictions(examples, collab, valid),
         "stage 3": result.valid_logits_B,
     }
     report: dict[str, Any] = {
         "stages": {name: figures(values, valid) for name, values in logits.items()},
         "stage 3 minus": {},
     }
-    for name in list(logits)[:2]:
+    for name in list(logits)[:-1]:
         difference = paired_difference(logits["stage 3"], logits[name], valid.label_B, valid.user_B)
         report["stage 3 minus"][name] = {metric: interval.as_dict() for metric, interval in difference.items()}
     return report
@@ -44,9 +46,10 @@ def verdict_sentences(report: dict[str, Any], split: str) -> list[str]:
     return losses or [f"score loses to none of {', '.join(report['score minus'])} on {where}."]
 
 
-def matrix_factorization_scores(examples: Examples, collab: Collab, split: str) -> np.ndarray:
-    """Return stage 2's own predictions: trained vectors, else the prior mean and the map from text."""
-    targets = examples.targets(split, 1)
-    users, items = collab.user_vectors_UC.numpy(), collab.item_vectors_IC.numpy()
-    scores: np.ndarray = (users[targets.user_B] * items[targets.item_B]).sum(-1).astype(np.float64)
-    return scores
+def collab_predictions(examples: Examples, collab: Collab, targets: Targets) -> np.ndarray:
+    """Return stage 2's predictions, `(B,)`, with the vectors that are served: new users are folded in."""
+    users_BC = collab.user_vectors_UC[torch.from_numpy(targets.user_B).long()].numpy()
+    new_B1 = ~collab.user_trained_U.numpy()[targets.user_B][:, None]
+    users_BC = np.where(new_B1, folded_users(examples, targets, collab).numpy(), users_BC)
+    predicted_B: np.ndarray = (users_BC * collab.item_vectors_IC.numpy()[targets.item_B]).sum(-1).astype(np.float64)
+    return predicted_B

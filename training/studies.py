@@ -13,12 +13,12 @@ import numpy as np
 from models.loading import Bundle
 from models.prompt_tree import TreeModel
 from models.template import PromptKind, Template
-from training.config import Config
+from training.config import TINY, Config
 from training.data.dataset import Dataset
 from training.data.history import build_histories
 from training.examples import Examples, Targets
 from training.metrics import auc, paired_difference
-from training.pipeline import TINY, Prepared, fit, prepare
+from training.pipeline import Prepared, fit, prepare
 from training.run import Run, read_tensors
 from training.stages.align import Collab, align
 from training.stages.project import Head, SlotForward, SlotTables, folded_users, initial_projections

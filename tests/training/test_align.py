@@ -18,7 +18,7 @@ from training.data.history import build_histories
 from training.data.synthetic import SyntheticConfig, draw_tables, plant
 from training.examples import Examples
 from training.metrics import auc
-from training.report import matrix_factorization_scores
+from training.report import collab_predictions
 from training.run import Run, read_tensors
 from training.stages.align import Collab, align, align_loss, fit_prior
 
@@ -78,7 +78,7 @@ def test_factorisation_finds_the_planted_taste_beyond_popularity(learned: tuple[
     size = len(collab.item_trained_I)
     likes_I = np.bincount(train.item_B, train.label_B, minlength=size) + 1
     popularity_I = likes_I / (np.bincount(train.item_B, minlength=size) + 2)
-    ours = auc(matrix_factorization_scores(examples, collab, "valid")[warm_B], valid.label_B[warm_B])
+    ours = auc(collab_predictions(examples, collab, valid)[warm_B], valid.label_B[warm_B])
     popular = auc(popularity_I[valid.item_B][warm_B], valid.label_B[warm_B])
     assert ours is not None and popular is not None
     assert ours > popular + 0.04
@@ -89,7 +89,7 @@ def test_an_item_never_trained_is_told_by_its_text(learned: tuple[Examples, Coll
     valid = examples.targets("valid", 1)
     cold_B = collab.user_trained_U.numpy()[valid.user_B] & ~collab.item_trained_I.numpy()[valid.item_B]
     assert cold_B.sum() > 200
-    area = auc(matrix_factorization_scores(examples, collab, "valid")[cold_B], valid.label_B[cold_B])
+    area = auc(collab_predictions(examples, collab, valid)[cold_B], valid.label_B[cold_B])
     assert area is not None and area > 0.58
 
 

@@ -16,7 +16,7 @@ from models.prompt_tree import TreeModel
 from tests.training.micro import Trained
 from training.examples import Examples, forwards
 from training.prediction import figures
-from training.report import matrix_factorization_scores
+from training.report import collab_predictions
 from training.run import Run, read_tensors
 from training.stages.adapt import adapt
 from training.stages.align import Collab, align
@@ -251,7 +251,7 @@ def test_the_correction_begins_at_stage_2_and_never_ends_below_it(
     run = new_run(tmp_path, project={"schedule": SCHEDULE, "slot_scale": 0.5})
     result = train(run, examples, merged, collab)
     valid = examples.targets("valid", 16)
-    stage_2 = figures(matrix_factorization_scores(examples, collab, "valid"), valid)
+    stage_2 = figures(collab_predictions(examples, collab, valid), valid)
     assert run.config.project.form == "correction"
     assert result.evaluations[0]["auc"] == pytest.approx(stage_2["auc"], abs=1e-6)
     assert figures(result.valid_logits_B, valid)["auc"] >= stage_2["auc"] - 1e-6

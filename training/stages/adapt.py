@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backbone import DTYPES, Backbone, load_backbone
+from models.backbone import Backbone, load_backbone
 from models.packed import PackedModel
 from models.packs import Pack
 from models.prompt_tree import TreeModel, lay_out
@@ -24,13 +24,16 @@ from training.run import Run, read_tensors, write_json, write_tensors
 KIND = PromptKind.ADAPT
 
 
-def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
-    """Train the adapter on Fig. 2's prompt; returns its folder. Finished earlier, it is taken as it is."""
+def adapt(run: Run, examples: Examples, source: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Train the adapter on Fig. 2's prompt; returns its folder. Finished earlier, it is taken as it is.
+
+    `dtype` is that of the frozen weights; the adapter's are fp32.
+    """
     folder = run.folder / "adapter"
     if (folder / "adapter_config.json").exists():
         return folder
     config = run.config.adapt
-    backbone = load_backbone(source, dtype=DTYPES[run.config.dtype], device=str(run.device))
+    backbone = load_backbone(source, dtype=dtype, device=str(run.device))
     torch.manual_seed(derived_seed(run.config.seed, "lora"))
     backbone.attach_lora(config.rank, config.alpha, config.dropout, cast_inputs=not run.config.autocast)
     if run.config.gradient_checkpointing:

@@ -92,7 +92,9 @@ def _train(run: Run, examples: Examples, semantic_ID: Tensor) -> tuple[dict[str,
             decay = _decay(factors, config) / len(labels)
             loop.backward(collab + config.alignment * aligned + decay)  # Eq. 9
     loop.keep_best()
-    return _finish(run, examples, train, factors, projection, semantic_ID, delta_ID, seen_U, seen_I)
+    tensors, state = _finish(run, examples, train, factors, projection, semantic_ID, delta_ID, seen_U, seen_I)
+    # Without what the language model adds: the report compares both.
+    return tensors | {"valid_mf": torch.from_numpy(_predict(factors, seen_U, seen_I, valid))}, state
 
 
 def _rates(

@@ -104,7 +104,8 @@ class Head(nn.Module):
 
     def forward(self, lm_K: Tensor, collab_K: Tensor) -> Tensor:
         """Return the answers' logits, `(K,)`."""
-        return self.slope * collab_K + self.intercept + self.lm_weight * lm_K
+        logits_K: Tensor = self.slope * collab_K + self.intercept + self.lm_weight * lm_K
+        return logits_K
 
 
 def initial_head(run: Run, collab: Collab, train: Targets, own_label: Influence) -> Head:
@@ -187,7 +188,8 @@ class SlotForward:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.autocast):
             tree = lay_out([pack for pack, _ in batch]).to(device)
             lm_K = self.model.logits(tree, self.projections, vectors)
-        return self.head(lm_K, (vectors.user_UC * vectors.item_KC).sum(-1))
+        logits_K: Tensor = self.head(lm_K, (vectors.user_UC * vectors.item_KC).sum(-1))
+        return logits_K
 
     def predict(self, examples: Examples, targets: Targets) -> np.ndarray:
         """Return the logits of a split's targets, `(B,)`."""

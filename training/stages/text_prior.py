@@ -33,7 +33,7 @@ def items_under_text_prior(
     trained_I = counts_I > 0
     # A prediction is fitted to the items' own biases, before matrix factorisation shrinks them, each trusted as far as
     # it has labels.
-    wanted_IC = items_IC.astype(np.float64)
+    wanted_IC = items_IC.copy()
     wanted_IC[:, -1] += _mean_residual(users_UC, items_IC, train)
     trust_I = counts_I / (counts_I + config.item_bias_decay + 1.0)
 
