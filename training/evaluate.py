@@ -112,9 +112,9 @@ def judge(
     *,
     replicates: int = REPLICATES,
 ) -> dict[str, dict[str, Any]]:
-    """Return AUC, UAUC, log-loss and calibration error over all rows, warm rows and cold rows.
+    """Return AUC, UAUC, log-loss and calibration error over all rows, warm rows, cold rows and rows of new items.
 
-    Warm: user and item both have training data in the bundle.
+    Warm: user and item both have training data in the bundle. New items: the item has none, whoever the user is.
     """
     frame = dataset.splits[split]
     labels_B = frame["label"].to_numpy()
@@ -122,7 +122,8 @@ def judge(
     cold_user_B, cold_item_B = cold_rows(dataset, split, tables)
     warm_B = ~cold_user_B & ~cold_item_B
     report: dict[str, dict[str, Any]] = {}
-    for name, chosen in {"all": np.ones(len(labels_B), bool), "warm": warm_B, "cold": ~warm_B}.items():
+    parts = {"all": np.ones(len(labels_B), bool), "warm": warm_B, "cold": ~warm_B, "new items": cold_item_B}
+    for name, chosen in parts.items():
         report[name] = {"rows": int(chosen.sum())}
         if chosen.any():
             measured = evaluate_scores(scores_B[chosen], labels_B[chosen], users_B[chosen], replicates=replicates)

@@ -174,7 +174,7 @@ def test_evaluate_prints_the_documented_json_and_nothing_else(trained: Trained) 
     result = sella_train("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split", "test", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert list(report) == ["all", "warm", "cold"]
+    assert list(report) == ["all", "warm", "cold", "new items"]
     for part in report.values():
         assert set(part) == {"auc", "uauc", "log_loss", "ece", "rows"}
         for metric in ("auc", "uauc", "log_loss", "ece"):

@@ -129,13 +129,14 @@ def test_warm_means_user_and_item_both_in_train(trained: Trained, scorer: Scorer
     )
     assert 20 < warm_B.sum() < len(warm_B) - 20
     scores_B, labels_B = np.random.default_rng(0).random(len(warm_B)).astype(np.float32), test["label"].to_numpy()
+    new_B = ~test["item_id"].is_in(seen_items).to_numpy()
+    assert 5 < new_B.sum() < (~warm_B).sum()
+    parts = {"all": np.full_like(warm_B, True), "warm": warm_B, "cold": ~warm_B, "new items": new_B}
     report = judge(scores_B, whole, build_histories(whole), "test", scorer.tables, replicates=20)
     assert {name: part["rows"] for name, part in report.items()} == {
-        "all": len(warm_B),
-        "warm": int(warm_B.sum()),
-        "cold": int((~warm_B).sum()),
+        name: int(row_B.sum()) for name, row_B in parts.items()
     }
-    for name, chosen in {"all": np.full_like(warm_B, True), "warm": warm_B, "cold": ~warm_B}.items():
+    for name, chosen in parts.items():
         assert report[name]["auc"]["value"] == pytest.approx(roc_auc_score(labels_B[chosen], scores_B[chosen]))
         assert report[name]["log_loss"]["value"] == pytest.approx(
             log_loss(labels_B[chosen], scores_B[chosen]), abs=1e-5

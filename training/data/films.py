@@ -57,7 +57,7 @@ class FilmsConfig(SyntheticConfig):
     era: float = Field(default=0.4, ge=0)
     appeal: float = Field(default=0.6, ge=0)
     leniency: float = Field(default=0.4, ge=0)
-    offset: float = 0.0
+    offset: float = -0.3
 
     @model_validator(mode="after")
     def _films_are_there(self) -> Self:
