@@ -157,14 +157,16 @@ def rank_once(url: str, bundle: Path, data: Path) -> dict[str, Any]:
     history = users.row(by_predicate=pl.col("user_id") == user, named=True)["history"]
     body = {"user_id": user, "candidates": candidates(user, liked, disliked, items, data)}
     answer = httpx.post(f"{url}/rank", json=body, timeout=60).raise_for_status().json()
-    films = {item_id: f"{title:58} {genre}" for item_id, title, genre in items.iter_rows()}
+    shown = [*history[-LIKED_SHOWN:], *body["candidates"]]
+    width = max(map(len, items.filter(pl.col("item_id").is_in(shown))["title"]))
+    films = {item_id: f"{title:{width}}  {genre:24}" for item_id, title, genre in items.iter_rows()}
     print(f"\n{user} lately liked:")
     for item_id in history[-LIKED_SHOWN:]:
-        print(f"               {films[item_id]}")
-    print(f"films that {user} has not seen, half of {', '.join(liked)} and half of {', '.join(disliked)}, as ranked:")
+        print(f"{'':15}{films[item_id]}".rstrip())
+    print(f"ranked for {user}, who likes {', '.join(liked)} and dislikes {', '.join(disliked)}:")
     for result in answer["results"]:
-        mark = "  (new: nobody has clicked it)" if result["cold_item"] else ""
-        print(f"    {result['rank']:2}.  {result['score']:.3f}  {films[result['item_id']]}{mark}")
+        mark = "new: nobody has clicked it" if result["cold_item"] else ""
+        print(f"    {result['rank']:2}.  {result['score']:.3f}  {films[result['item_id']]}{mark}".rstrip())
     return body
 
 
@@ -191,15 +193,14 @@ def candidates(user: str, liked: list[str], disliked: list[str], items: pl.DataF
     splits = [pl.read_parquet(data / f"{split}.parquet") for split in ("train", "valid", "test")]
     seen = pl.concat(splits).filter(pl.col("user_id") == user)["item_id"].implode()
     unseen = items.filter(~pl.col("item_id").is_in(seen)).with_columns(
-        genre=pl.col("genre").str.split(", ").list.first(),
-        new=~pl.col("item_id").is_in(splits[0]["item_id"].implode()),
+        pl.col("genre").str.split(", "), new=~pl.col("item_id").is_in(splits[0]["item_id"].implode())
     )
-    chosen = [
-        some.sample(min(FILMS_A_SIDE // 2, some.height), seed=7)
-        for genres in (liked, disliked)
-        for new in (False, True)
-        if (some := unseen.filter(pl.col("genre").is_in(genres), pl.col("new") == new)).height
-    ]
+    chosen = []
+    for side, other in ((liked, disliked), (disliked, liked)):
+        first, elsewhere = pl.col("genre").list.first(), pl.col("genre").list.set_intersection(other).list.len()
+        films = unseen.filter(first.is_in(side), elsewhere == 0)  # a war comedy is no clear case
+        for some in (films.filter("new"), films.filter(~pl.col("new"))):
+            chosen.append(some.sample(min(FILMS_A_SIDE // 2, some.height), seed=7))
     return pl.concat(chosen)["item_id"].sort().to_list()
 
 

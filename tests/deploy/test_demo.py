@@ -1,4 +1,4 @@
-"""The demo's parts that need no training: whose ranking it shows, what it says of weights, which bundle it uses again."""
+"""The demo's parts that need no training: whose ranking it shows, what it says of weights, which bundle it keeps."""
 
 import importlib.util
 import os
@@ -70,6 +70,7 @@ def test_the_user_shown_likes_the_genres_named_and_the_candidates_are_of_both_si
     sides = {side: [taste[one] for one in films.filter(liked=side)["title"]] for side in (True, False)}
     assert len(sides[True]) == len(sides[False]) == demo.FILMS_A_SIDE
     assert min(sides[True]) > max(sides[False])
+    assert not any(set(genre.split(", ")) & set(disliked) for genre in films.filter(liked=True)["genre"])
     for side in (True, False):
         assert films.filter(liked=side)["new"].sum() == demo.FILMS_A_SIDE // 2
     for split in ("train", "valid", "test"):
