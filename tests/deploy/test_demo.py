@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from models.loading import Bundle
-from training.data.films import FilmsConfig, draw_film_tables, plant_films
+from training.data.films import GENRES, FilmsConfig, draw_film_tables, plant_films
 from training.data.folder import write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -70,12 +70,36 @@ def test_the_user_shown_likes_the_genres_named_and_the_candidates_are_of_both_si
     sides = {side: [taste[one] for one in films.filter(liked=side)["title"]] for side in (True, False)}
     assert len(sides[True]) == len(sides[False]) == demo.FILMS_A_SIDE
     assert min(sides[True]) > max(sides[False])
-    assert not any(set(genre.split(", ")) & set(disliked) for genre in films.filter(liked=True)["genre"])
     for side in (True, False):
         assert films.filter(liked=side)["new"].sum() == demo.FILMS_A_SIDE // 2
     for split in ("train", "valid", "test"):
         rows = pl.read_parquet(data / f"{split}.parquet").filter(user_id=user)
         assert not set(rows["item_id"]) & set(chosen)
+
+
+def test_no_candidate_is_of_both_sides(demo: ModuleType, data: Path) -> None:
+    items = pl.read_parquet(data / "items.parquet")
+    for turn in range(12):
+        ring = [*GENRES[turn:], *GENRES[:turn]]
+        sides = {*ring[:3]}, {*ring[6:9]}
+        chosen = demo.candidates("u001", ring[:3], ring[6:9], items, data)
+        for genres in items.filter(pl.col("item_id").is_in(chosen))["genre"].str.split(", "):
+            assert sum(not side.isdisjoint(genres) for side in sides) == 1
+
+
+def test_taste_is_likes_less_dislikes_and_not_how_much_was_seen(demo: ModuleType) -> None:
+    clicks = {"much": [(4, 4)] * 3 + [(1, 0)] * 3, "clear": [(2, 0)] * 3 + [(0, 1)] * 3}
+    rows = [
+        (user, f"m{genre}", label)
+        for user, counts in clicks.items()
+        for genre, (likes, dislikes) in enumerate(counts)
+        for label in [1] * likes + [0] * dislikes
+    ]
+    train = pl.DataFrame(rows, schema=["user_id", "item_id", "label"], orient="row")
+    items = pl.DataFrame(
+        {"item_id": [f"m{genre}" for genre in range(6)], "genre": [f"{genre}, x" for genre in "abcdef"]}
+    )
+    assert demo.clearest_taste(train, items) == ("clear", ["a", "b", "c"], ["d", "e", "f"])
 
 
 def test_weights_that_cannot_be_fetched_are_one_line_with_the_way_round_and_status_2(tmp_path: Path) -> None:
