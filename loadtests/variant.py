@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from models.bundle import MANIFEST, FileEntry, Manifest, merged_id, read_manifest, write_bundle
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
+SHIFT = 1e-3  # of the logit of every score
 SHRUNK = 0.999  # of the adapter's weights: other merged weights, hardly other scores
 
 
 def write_variant(bundle: Path, out: Path, *, other_weights: bool) -> None:
-    """Write a copy of a bundle that differs in its calibration, or with `other_weights` in its merged weights too.
+    """Write a copy of a bundle with another intercept of its score, and with `other_weights` other merged weights too.
 
     Raises:
         BundleError: there is no bundle, or something is at `out` already.
@@ -23,9 +24,9 @@ def write_variant(bundle: Path, out: Path, *, other_weights: bool) -> None:
     def fill(folder: Path) -> None:
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
         (folder / MANIFEST).unlink()
-        calibration = json.loads((folder / "calibration.json").read_text())
-        calibration["slope"] *= SHRUNK
-        (folder / "calibration.json").write_text(json.dumps(calibration))
+        fusion = json.loads((folder / "fusion.json").read_text())
+        fusion["intercept"] += SHIFT
+        (folder / "fusion.json").write_text(json.dumps(fusion))
         if other_weights:
             tensors = load_file(folder / ADAPTER)
             save_file({name: one * SHRUNK for name, one in tensors.items()}, folder / ADAPTER)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from models.cold import UserPrior
 from models.features import HistoryItem, ItemFeatures, UserFeatures
+from models.fusion import Counts, Known, raw_logits
 from models.packs import Branch, Pack, ScoringGroup
 from models.segments import Segment
 from models.template import PromptKind, Template, Title, window_start
@@ -98,6 +99,28 @@ class Assembler:
             item_KC=np.stack([item.collab_C for item in candidates]),
             semantic_KD=np.stack([item.semantic_D for item in candidates]),
         )
+
+
+def known_pairs(
+    raw_K: Floats,
+    group: ScoringGroup,
+    user: tuple[Counts, bool],
+    items: Sequence[tuple[Counts, bool]],
+) -> Known:
+    """Return what `Fusion` needs of a group's pairs. The user and each candidate come as counts and whether cold."""
+    counts_K2 = np.array([counts for counts, _ in items], np.int64)
+    (impressions, positives), cold = user
+    return Known(
+        lm_K=raw_logits(raw_K),
+        user_KC=np.broadcast_to(group.user_1C, group.item_KC.shape),
+        item_KC=group.item_KC,
+        user_impressions_K=np.full(len(items), impressions),
+        user_positives_K=np.full(len(items), positives),
+        item_impressions_K=counts_K2[:, 0],
+        item_positives_K=counts_K2[:, 1],
+        cold_user_K=np.full(len(items), cold),
+        cold_item_K=np.array([cold for _, cold in items], np.bool_),
+    )
 
 
 def _stack(vectors: Sequence[Floats], width: int) -> Floats:

@@ -4,13 +4,13 @@ All prompts of a forward lie in one row: the trunks' new tokens first, then the 
 whole trunk and to its own branch. The softmax over both is the two products' softmaxes weighted by their log-sum-exps,
 so no mask over branches is made, and the cost grows with the number of branches, not with its square.
 
-For inference alone: the CPU kernel's log-sum-exp carries no gradient. Training takes `models.masked`.
+For inference alone: the CPU kernel's log-sum-exp carries no gradient. Training takes `models.prompt_tree`.
 
 Shapes: T tokens of the row, R branch tokens among them, N branches, S tokens of the longest, P tokens of a trunk, A of
 them new, L layers, H query heads, J key/value heads, E dimensions of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -132,19 +132,24 @@ def packed_attention(
         ValueError: the architecture asks for more than softmax attention over the whole prompt.
         RuntimeError: gradients are wanted.
     """
-    asked = sorted(name for name in ("softcap", "s_aux") if options.get(name) is not None)
-    if asked:
-        raise ValueError(f"{type(module).__name__} attends with {asked}, which packed prompts do not have")
-    window = options.get("sliding_window")
-    if window is not None and packed.longest > window:
-        raise ValueError(f"a prompt of {packed.longest} tokens exceeds the attention window of {window}")
+    check_attention(module, packed.longest, options)
     if torch.is_grad_enabled() and query.requires_grad:
-        raise RuntimeError("packed attention gives no gradients; train with models.masked")
+        raise RuntimeError("packed attention gives no gradients; train with models.prompt_tree")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return packed.attend(query, key, value, scale).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, packed_attention)
+
+
+def check_attention(module: nn.Module, longest: int, options: Mapping[str, Any]) -> None:
+    """Raise ValueError where an architecture asks for more than softmax attention over the whole prompt."""
+    asked = sorted(name for name in ("softcap", "s_aux") if options.get(name) is not None)
+    if asked:
+        raise ValueError(f"{type(module).__name__} attends with {asked}, which packed prompts do not have")
+    window = options.get("sliding_window")
+    if window is not None and longest > window:
+        raise ValueError(f"a prompt of {longest} tokens exceeds the attention window of {window}")
 
 
 def add_shared(own: Tensor, own_lse: Tensor, query: Tensor, shared: Tensor, scale: float) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, D = d_L, K answers.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any, cast
@@ -65,18 +66,21 @@ class Backbone:
         embeds: Tensor = self.causal_lm.get_input_embeddings()(token_ids_BT)
         return embeds
 
-    def hidden(self, embeds_BTD: Tensor, position_ids_BT: Tensor, attention_B1TT: Tensor) -> Tensor:
-        """Return the last hidden states, after the final norm, `(B, T, D)`.
+    def twin(self, attention: str) -> Any:
+        """Return a structural copy of the language model with an attention function of its own; it shares all weights.
 
-        `attention_B1TT` is boolean, True where a token attends; it goes to the architecture as it is.
+        Raises:
+            BackboneError: the architecture does not take attention functions of transformers' interface.
         """
-        mask = torch.zeros(attention_B1TT.shape, dtype=embeds_BTD.dtype, device=embeds_BTD.device)
-        mask.masked_fill_(~attention_B1TT, torch.finfo(embeds_BTD.dtype).min)
-        out = self.causal_lm.base_model(
-            inputs_embeds=embeds_BTD, position_ids=position_ids_BT, attention_mask=mask, use_cache=False
-        )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
+        causal_lm = self.causal_lm
+        if not getattr(causal_lm, "_supports_attention_backend", False):
+            raise BackboneError(
+                f"{type(causal_lm).__name__}: it does not take attention functions of transformers' interface"
+            )
+        weights = {id(tensor): tensor for tensor in (*causal_lm.parameters(), *causal_lm.buffers())}
+        twin: Any = copy.deepcopy(causal_lm, weights)
+        twin.set_attn_implementation(attention)
+        return twin
 
     def answer_logits(self, hidden_KD: Tensor) -> Tensor:
         """Return `l_yes - l_no`, fp32, shape (K,): two rows of the head, never the vocabulary (Eqs. 2-3).

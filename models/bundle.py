@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.template import TemplateConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 
 
@@ -67,6 +67,9 @@ class Manifest(_Frozen):
     template: TemplateConfig
     dimensions: Dimensions
     data_fingerprint: str
+    counted_until: float = Field(
+        allow_inf_nan=False, description="latest timestamp, UTC seconds, of the rows behind counts and histories"
+    )
     training: dict[str, Any]
     seed: int
     metrics: dict[str, Any]
@@ -133,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         fields = json.loads(raw)
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if isinstance(version, int) and version != FORMAT_VERSION:
-            raise BundleError(f"{path}: format {version}; this sella reads format {FORMAT_VERSION}")
+            raise BundleError(f"{path}: format {version}; this sella reads format {FORMAT_VERSION}: train it again")
         manifest = Manifest.model_validate(fields)
     except (ValidationError, ValueError, RecursionError) as error:
         if isinstance(error, BundleError):

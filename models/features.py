@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.cold import TextMap, UserPrior
+from models.fusion import Counts
 
 Floats = NDArray[np.float32]
+NO_COUNTS = Counts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class UserFeatures:
     history: tuple[str, ...]  # last liked item ids, oldest first, at most the template's window
     history_times: tuple[float, ...]  # when each of them was liked, UTC seconds
     history_total: int  # how many liked items the user has had in all
+    counts: Counts = NO_COUNTS  # of all rows that the bundle was trained and validated on
 
 
 class HistoryItem(Protocol):
@@ -55,6 +58,7 @@ class ItemFeatures:
     fold_C: Floats  # stage 2's vector, for folding users in
     semantic_D: Floats  # behind <Warm_ID>
     trained: bool
+    counts: Counts = NO_COUNTS  # of all rows that the bundle was trained and validated on
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Tables:
     histories: Sequence[tuple[str, ...]]
     history_times: Sequence[tuple[float, ...]]
     history_totals: Sequence[int]
+    user_counts_U2: NDArray[np.int64]  # impressions and positives of all rows that the bundle was made of
+    item_counts_I2: NDArray[np.int64]
     user_vectors_UC: Floats
     item_vectors_IC: Floats
     fold_vectors_IC: Floats
@@ -94,6 +100,7 @@ class Tables:
             tuple(self.histories[row]),
             tuple(self.history_times[row]),
             int(self.history_totals[row]),
+            Counts(*self.user_counts_U2[row].tolist()),
         )
 
     def item(self, item_id: str) -> ItemFeatures | None:
@@ -108,6 +115,7 @@ class Tables:
             np.asarray(self.fold_vectors_IC[row]),
             np.asarray(self.semantic_ID[row]),
             bool(self.item_trained_I[row]),
+            Counts(*self.item_counts_I2[row].tolist()),
         )
 
     def unseen_item(self, item_id: str, title: str, semantic_D: Floats) -> ItemFeatures:

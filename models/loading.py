@@ -7,10 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,6 +17,7 @@ from models.backbone import DTYPES, Backbone, load_backbone, load_tokenizer
 from models.bundle import BundleError, Manifest, merged_id, verify
 from models.cold import TextMap, UserPrior
 from models.features import Floats, Tables
+from models.fusion import Fusion
 from models.probe import probe
 from models.projection import Projections
 from models.scoring_model import CACHE_BYTES, ScoringModel
@@ -28,22 +27,6 @@ from models.tokens import TextEncoder
 PROJECTION = "projection.safetensors"
 FP8 = "fp8"
 PRECISIONS = (*DTYPES, FP8)
-
-
-class Calibration(BaseModel):
-    """A strictly increasing map of a score's logit: `slope` > 0, so calibration never changes a ranking."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    slope: float = Field(1.0, gt=0, allow_inf_nan=False)
-    intercept: float = Field(0.0, allow_inf_nan=False)
-
-    def __call__(self, raw: Floats) -> Floats:
-        """Return calibrated probabilities."""
-        clipped = np.clip(raw.astype(np.float64), 1e-12, 1 - 1e-12)
-        logit = np.log(clipped) - np.log1p(-clipped)
-        calibrated: Floats = (1 / (1 + np.exp(-(self.slope * logit + self.intercept)))).astype(np.float32)
-        return calibrated
 
 
 @dataclass(frozen=True)
@@ -84,6 +67,8 @@ class Bundle:
             histories=[tuple(one) for one in users["history"].to_list()],
             history_times=[tuple(one) for one in users["history_times"].to_list()],
             history_totals=users["history_total"].to_list(),
+            user_counts_U2=users.select("impressions", "positives").to_numpy(),
+            item_counts_I2=items.select("impressions", "positives").to_numpy(),
             user_vectors_UC=collab["user_vectors"],
             item_vectors_IC=collab["item_vectors"],
             fold_vectors_IC=collab["fold_vectors"],
@@ -108,9 +93,9 @@ class Bundle:
                     f" {wanted}"
                 )
 
-    def calibration(self) -> Calibration:
-        """Load the calibration of `score`."""
-        return Calibration.model_validate_json((self.folder / "calibration.json").read_text())
+    def fusion(self) -> Fusion:
+        """Load the weights of `score`."""
+        return Fusion.model_validate_json((self.folder / "fusion.json").read_text())
 
     def backbone(self, *, device: str = "cpu", dtype: str | None = None) -> Backbone:
         """Load the language model, merge its adapter, and probe it.

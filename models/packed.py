@@ -9,7 +9,6 @@ Shapes: T tokens of the row, K branches over all parts, A new tokens of a trunk,
 dimensions of a head, D = d_L, N prompts.
 """
 
-import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.attention import NAME, OwnTokens, PackedLayout, TrunkSpan
-from models.backbone import Backbone, BackboneError
+from models.backbone import Backbone
 from models.fp8 import use_fp8
 from models.last_layer import LastLayer
 from models.packs import Floats
@@ -95,16 +94,8 @@ class PackedModel:
         Raises:
             BackboneError: the architecture does not take attention functions of transformers' interface.
         """
-        causal_lm = backbone.causal_lm
-        if not getattr(causal_lm, "_supports_attention_backend", False):
-            raise BackboneError(
-                f"{type(causal_lm).__name__}: it does not take attention functions of transformers' interface"
-            )
-        weights = {id(tensor): tensor for tensor in (*causal_lm.parameters(), *causal_lm.buffers())}
-        twin: Any = copy.deepcopy(causal_lm, weights)
-        twin.set_attn_implementation(NAME)
         self._backbone = backbone
-        self._decoder = twin.base_model
+        self._decoder = backbone.twin(NAME).base_model
         if fp8:
             use_fp8(self._decoder)
         if compiled:

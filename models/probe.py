@@ -8,9 +8,9 @@ architectures, each loaded backbone is compared with its own full forward, and r
 import torch
 
 from models.backbone import Backbone, BackboneError
-from models.masked import lay_out, masked_logits
 from models.packed import PackedModel, Part, Row
 from models.packs import Branch, Pack
+from models.prompt_tree import TreeModel, lay_out
 from models.segments import Segment
 
 # Longer than any prompt the template makes by default, so that a sliding window shorter than a prompt shows.
@@ -29,12 +29,14 @@ def probe(backbone: Backbone, trunk_tokens: int = TRUNK_TOKENS) -> float:
     kind = type(backbone.causal_lm).__name__
     pack = _random_pack(backbone, trunk_tokens)
     try:
-        masked = masked_logits(backbone, lay_out([pack]).to(backbone.device)).tolist()
+        tree = TreeModel(backbone).logits(lay_out([pack, pack]).to(backbone.device)).tolist()
         packed = _packed_logits(backbone, pack)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BackboneError(f"{kind}: it does not take embeddings with positions and a packed mask: {error}") from error
+        raise BackboneError(
+            f"{kind}: it does not take embeddings with positions and an attention function: {error}"
+        ) from error
     worst = 0.0
-    for branch, *ours in zip(pack.branches, masked, packed, strict=True):
+    for branch, *ours in zip(pack.branches * 2, tree, packed * 2, strict=True):
         prompt = pack.trunk.token_ids[: branch.attach] + branch.segment.token_ids
         logits = backbone.causal_lm(torch.tensor([prompt], device=backbone.device), use_cache=False).logits[0, -1]
         own = float(logits[backbone.answers.yes].float() - logits[backbone.answers.no].float())

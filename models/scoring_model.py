@@ -106,7 +106,7 @@ class ScoringModel:
         """Yield a group's parts of at most `max_tokens`."""
         trunk = group.pack.trunk
         if any(branch.attach != len(trunk) for branch in group.pack.branches):
-            raise ValueError("a branch attaches inside the trunk; only `models.masked` computes that")
+            raise ValueError("a branch attaches inside the trunk; only `models.prompt_tree` computes that")
         names = chunk_names(vectors.identity, trunk, [group.user_1C.tobytes()] * len(trunk.slots))
         start = 0
         for part in group.parts(max_tokens):

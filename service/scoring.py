@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from models.assembly import AssembledUser, Assembler
-from models.features import Floats, HistoryItem, ItemFeatures, UserFeatures
+from models.assembly import AssembledUser, Assembler, known_pairs
+from models.features import NO_COUNTS, Floats, HistoryItem, ItemFeatures, UserFeatures
+from models.fusion import Counts
 from models.packs import ScoringGroup
 from service.answers import HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
@@ -85,6 +86,8 @@ class _Prompt:
 
     resolved: Resolved
     user: AssembledUser
+    counts: Counts  # of the user
+    items: tuple[ItemFeatures, ...]  # those in the group
     group: ScoringGroup | None
     titles_cut: tuple[int, ...]  # of each candidate in the group
 
@@ -187,6 +190,8 @@ def _assemble_one(resolved: Resolved, known: UserFeatures | None, assembler: Ass
     return _Prompt(
         resolved=resolved,
         user=user,
+        counts=NO_COUNTS if known is None else known.counts,
+        items=tuple(items),
         group=assembler.group(user, items) if items else None,
         titles_cut=tuple(assembler.title(item.title).cut for item in items),
     )
@@ -222,9 +227,11 @@ def _answers(prompts: Sequence[_Prompt], raw: Sequence[Floats], handle: BundleHa
 
 def _answer(prompt: _Prompt, raw_K: Floats | None, handle: BundleHandle) -> Answer:
     scores: Iterator[tuple[float, float, int]] = iter(())
-    if raw_K is not None:
-        calibrated_K = handle.calibration(raw_K)
-        scores = zip(raw_K.tolist(), calibrated_K.tolist(), prompt.titles_cut, strict=True)
+    if raw_K is not None and prompt.group is not None:
+        user_known = prompt.counts, prompt.user.cold
+        items_known = [(item.counts, not item.trained) for item in prompt.items]
+        known = known_pairs(raw_K, prompt.group, user_known, items_known)
+        scores = zip(raw_K.tolist(), handle.fusion(known).tolist(), prompt.titles_cut, strict=True)
     resolved, user = prompt.resolved, prompt.user
     items = tuple(None if item is None else _scored(item, resolved, *next(scores)) for item in resolved.candidates)
     history = HistoryReport(

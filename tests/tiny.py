@@ -1,7 +1,7 @@
 """A complete random bundle on disk, built in about a second: what every test needs that needs a bundle.
 
 Nothing in it is trained, everything in it is real: a random Qwen2 with its own byte-level BPE, a LoRA adapter with
-non-zero weights, tables, projections, calibration. Equal arguments give equal bytes, and so an equal bundle id.
+non-zero weights, tables, projections, fusion. Equal arguments give equal bytes, and so an equal bundle id.
 
     bundle = tiny_bundle(tmp_path / "bundle")
     bundle.folder, bundle.id, bundle.tables(), bundle.model()
@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from models.backbone import Backbone, load_backbone
 from models.bundle import BackboneEntry, Dimensions, FileEntry, Manifest, merged_id, write_bundle
+from models.fusion import INPUTS, SIGNED, Fusion, Rates, Weight
 from models.loading import Bundle
 from models.projection import Projections
 from models.template import TemplateConfig
@@ -95,6 +96,7 @@ def tiny_bundle(
                 d_collab=D_COLLAB, d_hidden=D_HIDDEN, d_model=d_model, users=size.users, items=size.items
             ),
             data_fingerprint="random",
+            counted_until=HISTORY_END,
             training={},
             seed=rest,
             metrics={},
@@ -173,6 +175,26 @@ def _write_projection(folder: Path, norm: float, seed: int, d_model: int) -> Non
     save_torch_file(projections.state_dict(), folder / "projection.safetensors")
 
 
+def _write_fusion(folder: Path, rng: np.random.Generator) -> None:
+    """Give every input a weight, so that a score depends on everything that is known of a pair."""
+    values = {
+        name: float(rng.normal() if name in SIGNED else rng.uniform(0.2, 0.8)) * (0.2 if name == "taste" else 1)
+        for name in INPUTS
+    }
+    fusion = Fusion(
+        rates=Rates(base=0.4, user_strength=10, item_strength=5),
+        intercept=-0.3,
+        weights={name: Weight(value=one, low=one - 0.1, high=one + 0.1) for name, one in values.items()},
+    )
+    (folder / "fusion.json").write_text(fusion.model_dump_json())
+
+
+def _counts(rows: int, trained: int, rng: np.random.Generator) -> dict[str, NDArray[np.int64]]:
+    """Return random counts; those without training data were never shown."""
+    impressions = np.where(np.arange(rows) < trained, rng.integers(1, 30, size=rows), 0)
+    return {"impressions": impressions, "positives": rng.binomial(impressions, 0.4)}
+
+
 def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None:
     rng = np.random.default_rng(seed + 3)
 
@@ -196,13 +218,15 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
     save_file(collab, folder / "collab.safetensors")
     save_file(semantic, folder / "semantic.safetensors")
     (folder / "fold_in.json").write_text(json.dumps({"target": 1.0, "noise": 0.5}))
-    (folder / "calibration.json").write_text(json.dumps({"slope": 0.8, "intercept": -0.3}))
+    known_rng = np.random.default_rng(seed + 4)
+    _write_fusion(folder, known_rng)
     item_ids = [f"i{row}" for row in range(size.items)]
     pl.DataFrame(
         {
             "item_id": item_ids,
             "title": tiny_titles(size.items),
             "trained": [row < size.items - size.cold_items for row in range(size.items)],
+            **_counts(size.items, size.items - size.cold_items, known_rng),
         }
     ).write_parquet(folder / "items.parquet")
     totals = [23, *rng.integers(1, 14, size=size.users - 2).tolist(), 0][: size.users]
@@ -216,5 +240,6 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
             "history": pl.Series(histories, dtype=pl.List(pl.String)),
             "history_times": pl.Series(times, dtype=pl.List(pl.Float64)),
             "history_total": totals,
+            **_counts(size.users, size.users - size.cold_users, known_rng),
         }
     ).write_parquet(folder / "users.parquet")

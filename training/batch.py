@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from models.assembly import known_pairs
 from models.features import ItemFeatures
+from models.fusion import Counts
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
+from models.packs import ScoringGroup
 from training.data.errors import DataError
 from training.evaluate import Scorer
 from training.run import Progress, no_progress, write_json
@@ -148,21 +151,30 @@ def _score_part(
     for row, (user_id, item_id) in enumerate(zip(users, items, strict=True)):
         if item_id in known:
             rows_by_user.setdefault(user_id, []).append(row)
-    raw = np.full(part.height, np.nan, np.float32)
+    fusion = bundle.fusion()
+    raw, scored = np.full((2, part.height), np.nan, np.float32)
     cold_user = [False] * part.height
     waiting = list(rows_by_user.items())
     for start in range(0, len(waiting), GROUPS_AT_ONCE):
-        groups = []
+        groups: list[ScoringGroup] = []
+        users_known: list[tuple[Counts, bool]] = []
         for user_id, rows in waiting[start : start + GROUPS_AT_ONCE]:
             assembled = scorer.stored_user(user_id)
             for row in rows:
                 cold_user[row] = assembled.cold
             groups.append(scorer.assembler.group(assembled, [known[items[row]] for row in rows]))
-        for (_, rows), scores in zip(
-            waiting[start : start + GROUPS_AT_ONCE], scorer.model.score(groups, MAX_TOKENS), strict=True
+            users_known.append((scorer.user_counts(user_id), assembled.cold))
+        for (_, rows), group, user, scores in zip(
+            waiting[start : start + GROUPS_AT_ONCE],
+            groups,
+            users_known,
+            scorer.model.score(groups, MAX_TOKENS),
+            strict=True,
         ):
             raw[rows] = scores
-    scored = np.where(np.isnan(raw), np.nan, bundle.calibration()(np.nan_to_num(raw, nan=0.5)))
+            candidates = [known[items[row]] for row in rows]
+            pairs = known_pairs(scores, group, user, [(item.counts, not item.trained) for item in candidates])
+            scored[rows] = fusion(pairs)
     return pl.DataFrame(
         {
             "user_id": users,

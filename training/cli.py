@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 app.add_typer(prepare_app, name="prepare")
 
+METRICS = ("auc", "uauc", "log_loss", "ece")
+
 DataOption = Annotated[Path, typer.Option("--data", help="folder with items and interactions (docs/data.md)")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder of the bundle")]
 BackboneOption = Annotated[str, typer.Option("--backbone", help="tiny, a hub id, or a local path")]
@@ -58,6 +60,7 @@ def fit(
         from training.config import load_config
         from training.pipeline import fit as fit_bundle
         from training.start import new_run, read_data
+        from training.verdict import WITH_LIVE_COUNTS
 
         chosen = load_config(config)
         if seed is not None:
@@ -67,6 +70,7 @@ def fit(
         if run.is_main:
             show_stages(run.console, report)
             show_report(run.console, "valid", report)
+            show_verdict(run.console, "valid", report[WITH_LIVE_COUNTS])
             run.say(f"[bold]{out}[/bold] is ready: sella-serve run --bundle {out}")
 
 
@@ -75,24 +79,34 @@ def evaluate(
     bundle: BundleOption,
     data: DataOption,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
+    live: Annotated[bool, typer.Option("--live", help="count what came before each row, not the train split")] = False,
+    delay: Annotated[float, typer.Option(min=0, help="with --live: seconds until an outcome is known")] = 0.0,
     as_json: JsonOption = False,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
     device: DeviceOption = "",
     dtype: DtypeOption = None,
 ) -> None:
-    """Judge a bundle on a split: AUC, UAUC, log-loss, calibration error, with user-bootstrap intervals."""
+    """Judge a bundle's score on a split, beside simple scorers, with user-bootstrap intervals."""
     with one_line_errors():
+        from training.counts import Counting
         from training.data.history import build_histories
-        from training.evaluate import judge, score_split
+        from training.evaluate import score_split
         from training.start import open_scorer, progress_bar, read_data
+        from training.verdict import judge_bundle
 
+        if delay and not live:
+            raise ConfigError(f"--delay {delay:g}: it delays live counts alone; add --live")
+        counting = Counting(live=live, delay=delay)
         opened, scorer = open_scorer(bundle, device, dtype)
         dataset = read_data(data, positive_above, split_by, require=(split,))
         histories = build_histories(dataset)
+        if delay:
+            times_B = dataset.splits[split]["timestamp"].to_numpy()
+            histories = histories.delayed(split, times_B - delay)
         with progress_bar(f"scoring {split}") as progress:
-            raw_B = score_split(scorer, dataset, histories, split, 4096, progress)
-        report = judge(opened.calibration()(raw_B), dataset, histories, split, scorer.tables)
+            scored = score_split(scorer, dataset, histories, split, 4096, progress)
+        report = judge_bundle(opened.fusion(), scored, dataset, histories, split, scorer.tables, counting)
         if as_json:
             print(json.dumps(report))
         else:
@@ -279,22 +293,47 @@ def show_precision(console: Console, report: dict[str, Any]) -> None:
 
 
 def show_report(console: Console, split: str, report: dict[str, Any]) -> None:
-    """Print an evaluation as a table."""
+    """Print an evaluation: the score on groups of rows, then its verdict."""
     table = Table(f"on {split}", "rows", "AUC", "UAUC", "log-loss", "ECE", title_justify="left")
-    for name in ("all", "warm", "cold"):
-        cells = [_interval(report[name][metric]) for metric in ("auc", "uauc", "log_loss", "ece")]
-        table.add_row(name, f"{report[name]['rows']:,}", *cells)
+    for name, label in {"all": "all", "warm": "warm", "cold": "cold", "history": "history of 2 titles"}.items():
+        cells = [_interval(report[name][metric]) for metric in METRICS]
+        table.add_row(label, f"{report[name]['rows']:,}", *cells)
     console.print(table)
+    show_verdict(console, split, report)
+
+
+def show_verdict(console: Console, split: str, report: dict[str, Any]) -> None:
+    """Print the score beside every other scorer, and a sentence for each that it loses to."""
+    from training.report import verdict_sentences
+
+    counts = "live counts" if report["live"] else "counts of train"
+    table = Table(f"on {split}, {counts}", "AUC", "UAUC", "log-loss", "ECE", "score minus it, AUC")
+    for name, measured in {"score": report["all"], **report["scorers"]}.items():
+        gap = report["score minus"].get(name, {}).get("auc")
+        cells = [_interval(measured["auc"]), *(_value(measured[metric]) for metric in METRICS[1:])]
+        table.add_row(name, *cells, "" if gap is None else _interval(gap, signed=True))
+    console.print(table)
+    for name, reason in report.get("left out", {}).items():
+        console.print(f"{name} is left out: {reason}.")
+    if chosen := report.get("chosen on valid"):
+        console.print(f"chosen on these rows: {', '.join(chosen)}.")
+    for sentence in verdict_sentences(report, split):
+        console.print(sentence)
 
 
 def _one_line(found: dict[str, float | None]) -> str:
     return _interval(found).replace("\n", " ")
 
 
-def _interval(found: dict[str, float | None]) -> str:
+def _interval(found: dict[str, float | None], *, signed: bool = False) -> str:
     if found["value"] is None:
         return "–"
-    return f"{found['value']:.4f}\n({found['low']:.4f}–{found['high']:.4f})"
+    value, low, high = (f"{found[one]:{'+' if signed else ''}.4f}" for one in ("value", "low", "high"))
+    return f"{value}\n({low} to {high})" if signed else f"{value}\n({low}–{high})"
+
+
+def _value(found: dict[str, float | None]) -> str:
+    return "–" if found["value"] is None else f"{found['value']:.4f}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Shapes: B rows of a split, K candidates of a group.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 
 from models.assembly import AssembledUser, Assembler, history_window
 from models.features import Floats, ItemFeatures, Tables, UserFeatures
+from models.fusion import Counts, Known, raw_logits
 from models.ids import IdError
-from models.loading import Calibration
 from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
 from models.template import window_start
+from training.counts import RowCounts
 from training.data.dataset import Dataset
 from training.data.history import Histories
-from training.metrics import REPLICATES, evaluate_scores
+from training.metrics import REPLICATES, Interval, compare_scores, evaluate_scores
 from training.run import Progress, no_progress
 
+SCORE = "score"  # the scorer that the bundle serves
 GROUPS_AT_ONCE = 64  # groups handed to the model together, so that forwards fill up and memory stays bounded
 
 
@@ -53,6 +55,11 @@ class Scorer:
         user = self.tables.user(user_id)
         return self.user(user, user.history if user else (), user.history_total if user else 0)
 
+    def user_counts(self, user_id: str) -> Counts:
+        """Return the bundle's counts of a user; zero for one that it has never heard of."""
+        user = self.tables.user(user_id)
+        return Counts() if user is None else user.counts
+
     def user(self, user: UserFeatures | None, history: Sequence[str], total: int) -> AssembledUser:
         """Assemble a user under the tail of a history of `total` catalogue items.
 
@@ -68,6 +75,31 @@ class Scorer:
         return self.assembler.user(user, window, total)
 
 
+@dataclass(frozen=True)
+class ScoredSplit:
+    """The language model's scores of a split's rows, and what else was assembled for them; `(B,)` and `(B, C)`."""
+
+    raw_B: Floats
+    user_BC: Floats
+    item_BC: Floats
+    cold_user_B: NDArray[np.bool_]
+    cold_item_B: NDArray[np.bool_]
+
+    def known(self, counts: RowCounts) -> Known:
+        """Return what the fusion knows of the rows under these counts."""
+        return Known(
+            lm_K=raw_logits(self.raw_B),
+            user_KC=self.user_BC,
+            item_KC=self.item_BC,
+            user_impressions_K=counts.user_impressions_B,
+            user_positives_K=counts.user_positives_B,
+            item_impressions_K=counts.item_impressions_B,
+            item_positives_K=counts.item_positives_B,
+            cold_user_K=self.cold_user_B,
+            cold_item_K=self.cold_item_B,
+        )
+
+
 def score_split(
     scorer: Scorer,
     dataset: Dataset,
@@ -75,8 +107,8 @@ def score_split(
     split: str,
     max_tokens: int,
     progress: Progress = no_progress,
-) -> Floats:
-    """Return the raw score of every row of a split, `(B,)`, each under the history it had then.
+) -> ScoredSplit:
+    """Score every row of a split, each under the history it had then.
 
     Nothing of the bundle's stored histories is used: at the time of the row they had not all happened.
     """
@@ -84,7 +116,14 @@ def score_split(
     item_ids = dataset.items["item_id"].to_list()
     items = scorer.items(dict(zip(item_ids, dataset.items["title"].to_list(), strict=True)))
     user_ids = frame["user_id"].to_list()
-    scores_B = np.empty(frame.height, np.float32)
+    width = len(scorer.tables.prior.mean_C)
+    scored = ScoredSplit(
+        raw_B=np.empty(frame.height, np.float32),
+        user_BC=np.empty((frame.height, width), np.float32),
+        item_BC=np.stack([items[one].collab_C for one in item_ids])[rows.item_row],
+        cold_user_B=np.empty(frame.height, bool),
+        cold_item_B=np.array([not items[one].trained for one in item_ids])[rows.item_row],
+    )
     done = 0
     for runs in _chunks(list(_runs(rows.user_code, rows.length)), GROUPS_AT_ONCE):
         groups: list[ScoringGroup] = []
@@ -95,42 +134,48 @@ def score_split(
             user = scorer.assembler.user(
                 scorer.tables.user(user_ids[run[0]]), [items[item_ids[row]] for row in window], total
             )
+            scored.user_BC[run], scored.cold_user_B[run] = user.vector_C, user.cold
             groups.append(scorer.assembler.group(user, [items[item_ids[row]] for row in rows.item_row[run]]))
         for run, scores in zip(runs, scorer.model.score(groups, max_tokens), strict=True):
-            scores_B[run] = scores
+            scored.raw_B[run] = scores
             done += len(run)
         progress(done, frame.height)
-    return scores_B
+    return scored
 
 
 def judge(
-    scores_B: Floats,
+    scores: Mapping[str, Floats],
     dataset: Dataset,
     histories: Histories,
     split: str,
     tables: Tables,
     *,
     replicates: int = REPLICATES,
-) -> dict[str, dict[str, Any]]:
-    """Return AUC, UAUC, log-loss and calibration error over all rows, warm rows, cold rows and rows of new items.
+) -> dict[str, Any]:
+    """Return AUC, UAUC, log-loss and calibration error of `score`, and of every other scorer beside it.
 
-    Warm: user and item both have training data in the bundle. New items: the item has none, whoever the user is.
+    `score` is judged on all rows, on warm and on cold rows, on those of new items and on those whose history has at
+    least two titles. Warm: user and item both have training data in the bundle. New items: the item has none, whoever
+    the user is. "score minus" has its paired differences to the others.
     """
-    frame = dataset.splits[split]
-    labels_B = frame["label"].to_numpy()
-    users_B = histories.of_split(split).user_code
+    labels_B = dataset.splits[split]["label"].to_numpy()
+    rows = histories.of_split(split)
     cold_user_B, cold_item_B = cold_rows(dataset, split, tables)
     warm_B = ~cold_user_B & ~cold_item_B
-    report: dict[str, dict[str, Any]] = {}
-    parts = {"all": np.ones(len(labels_B), bool), "warm": warm_B, "cold": ~warm_B, "new items": cold_item_B}
+    measured, differences = compare_scores(scores, SCORE, labels_B, rows.user_code, replicates=replicates)
+    report: dict[str, Any] = {"all": {"rows": len(labels_B), **_as_dict(measured.pop(SCORE))}}
+    parts = {"warm": warm_B, "cold": ~warm_B, "new items": cold_item_B, "history": rows.length >= 2}
     for name, chosen in parts.items():
         report[name] = {"rows": int(chosen.sum())}
         if chosen.any():
-            measured = evaluate_scores(scores_B[chosen], labels_B[chosen], users_B[chosen], replicates=replicates)
-            report[name] |= {metric: interval.as_dict() for metric, interval in measured.items()}
+            report[name] |= _as_dict(
+                evaluate_scores(scores[SCORE][chosen], labels_B[chosen], rows.user_code[chosen], replicates=replicates)
+            )
         else:
             nothing = {"value": None, "low": None, "high": None}
             report[name] |= dict.fromkeys(("auc", "uauc", "log_loss", "ece"), nothing)
+    report["scorers"] = {name: _as_dict(one) for name, one in measured.items()}
+    report["score minus"] = {name: _as_dict(one) for name, one in differences.items()}
     return report
 
 
@@ -142,17 +187,8 @@ def cold_rows(dataset: Dataset, split: str, tables: Tables) -> tuple[NDArray[np.
     return ~frame["user_id"].is_in(users).to_numpy(), ~frame["item_id"].is_in(items).to_numpy()
 
 
-def fit_calibration(raw_B: Floats, labels_B: NDArray[np.floating]) -> Calibration:
-    """Fit slope and intercept of the logit by maximum likelihood (Platt); identity where that would not increase."""
-    if len(np.unique(labels_B > 0)) < 2:
-        return Calibration()
-    from sklearn.linear_model import LogisticRegression
-
-    clipped = np.clip(raw_B.astype(np.float64), 1e-7, 1 - 1e-7)
-    logits_B1 = (np.log(clipped) - np.log1p(-clipped))[:, None]
-    fitted = LogisticRegression(C=1e6).fit(logits_B1, labels_B > 0)
-    slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
-    return Calibration(slope=slope, intercept=intercept) if slope > 1e-3 else Calibration()
+def _as_dict(measured: dict[str, Interval]) -> dict[str, dict[str, float | None]]:
+    return {metric: interval.as_dict() for metric, interval in measured.items()}
 
 
 def _runs(user_B: NDArray[np.int32], length_B: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:

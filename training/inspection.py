@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from models.assembly import known_pairs
 from models.bundle import Manifest
 from models.features import ItemFeatures
 from models.ids import IdError, canonical_id
@@ -37,6 +38,9 @@ def describe_prompt(
     group = scorer.assembler.group(assembled, [item])
     prompt = group.pack.trunk + group.pack.branches[0].segment
     raw = scorer.model.score([group])[0]
+    counts = scorer.user_counts(canonical_id(user_id))
+    fusion = bundle.fusion()
+    known = known_pairs(raw, group, (counts, assembled.cold), [(item.counts, not item.trained)])
     described: dict[str, Any] = {
         "bundle_id": bundle.id,
         "user_id": user_id,
@@ -56,7 +60,8 @@ def describe_prompt(
         },
         "titles_cut": assembled.titles_cut + (scorer.assembler.title(item.title).cut > 0),
         "raw_score": float(raw[0]),
-        "score": float(bundle.calibration()(raw)[0]),
+        "score": float(fusion(known)[0]),
+        "parts": {name: float(part[0]) for name, part in fusion.parts(known).items()},
     }
     if with_vectors:
         described["slot_vectors"] = _projected(scorer, group.user_1C[0], item)
@@ -76,6 +81,8 @@ def prompt_text(described: dict[str, Any]) -> str:
             f"cold: user {described['cold_user']}, item {described['cold_item']}",
             f"Yes = {described['yes_id']}, No = {described['no_id']}",
             f"raw_score {described['raw_score']:.6f}, score {described['score']:.6f}",
+            "parts of the score's logit: "
+            + ", ".join(f"{name} {part:+.4f}" for name, part in described["parts"].items()),
             "text:",
             described["text"],
         ]

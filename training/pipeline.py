@@ -29,14 +29,14 @@ from models.bundle import (
     write_bundle,
 )
 from models.features import Tables
-from models.loading import Calibration
 from models.probe import probe
 from models.projection import Projections
 from models.scoring_model import ScoringModel
 from models.template import Template
+from training.counts import counts_by_id
 from training.data.dataset import Dataset
 from training.data.history import Histories, build_histories
-from training.evaluate import Scorer, cold_rows, fit_calibration, judge, score_split
+from training.evaluate import Scorer, cold_rows, score_split
 from training.examples import Examples
 from training.report import stage_report
 from training.run import Run, read_tensors, write_tensors
@@ -44,6 +44,7 @@ from training.stages.adapt import adapt, distil_items
 from training.stages.align import Collab, align
 from training.stages.pretrain import pretrain
 from training.stages.project import initial_projections, project
+from training.verdict import FittedFusion, fit_and_judge
 
 TINY = "tiny"
 
@@ -79,10 +80,10 @@ def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -
     tables, projections, report = _projected(run, prepared, collab)
     if run.is_main:
         scorer = _scorer(run, prepared, histories, collab, tables, projections)
-        raw_B = score_split(scorer, dataset, histories, "valid", run.config.max_tokens)
-        calibration = fit_calibration(raw_B, dataset.splits["valid"]["label"].to_numpy())
-        report |= judge(calibration(raw_B), dataset, histories, "valid", scorer.tables)
-        _write(run, out, prepared, scorer, projections, calibration, dataset, report, raw_B)
+        scored = score_split(scorer, dataset, histories, "valid", run.config.max_tokens)
+        fitted = fit_and_judge(scored, dataset, histories, scorer.tables, run.config.seed)
+        report |= fitted.report
+        _write(run, out, prepared, scorer, projections, fitted, dataset, report)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -144,6 +145,8 @@ def _scorer(
         histories=[tuple(item_ids[row] for row in rows[max(0, len(rows) - size) :]) for rows in liked],
         history_times=[tuple(rows[max(0, len(rows) - size) :].tolist()) for rows in times],
         history_totals=[len(rows) for rows in liked],
+        user_counts_U2=_counts(prepared.examples.dataset, "user_id", histories.user_ids),
+        item_counts_I2=_counts(prepared.examples.dataset, "item_id", items["item_id"]),
         user_vectors_UC=tables["user_vectors"].numpy(),
         item_vectors_IC=tables["item_vectors"].numpy(),
         fold_vectors_IC=collab.item_vectors_IC.numpy(),
@@ -155,16 +158,27 @@ def _scorer(
     return Scorer(ScoringModel(prepared.backbone, projections), served, assembler)
 
 
+def _latest(dataset: Dataset) -> float:
+    times = pl.concat(frame.select(pl.col("timestamp").cast(pl.Float64)) for frame in dataset.splits.values())
+    return float(times["timestamp"].to_numpy().max())
+
+
+def _counts(dataset: Dataset, column: str, ids: pl.Series) -> np.ndarray:
+    """Return impressions and positives of each user or item over all rows, `(ids, 2)` int64."""
+    counted = counts_by_id(pl.concat(frame.select(column, "label") for frame in dataset.splits.values()), column)
+    joined = ids.alias(column).to_frame().join(counted, on=column, how="left", maintain_order="left")
+    return joined.select("impressions", "positives").fill_null(0).to_numpy()
+
+
 def _write(
     run: Run,
     out: Path,
     prepared: Prepared,
     scorer: Scorer,
     projections: Projections,
-    calibration: Calibration,
+    fitted: FittedFusion,
     dataset: Dataset,
     report: dict[str, Any],
-    raw_B: np.ndarray,
 ) -> None:
     tables, config = scorer.tables, run.config
     inside = prepared.source == run.folder / "backbone"
@@ -175,7 +189,7 @@ def _write(
             copy_tree(run.folder / "backbone", folder / "backbone")
         _write_tables(folder, tables)
         save_file(projections.cpu().state_dict(), folder / "projection.safetensors")
-        (folder / "calibration.json").write_text(calibration.model_dump_json(indent=2) + "\n")
+        (folder / "fusion.json").write_text(fitted.fusion.model_dump_json(indent=2) + "\n")
 
     def manifest(files: dict[str, FileEntry]) -> Manifest:
         d_collab, d_hidden, d_model = projections.sizes
@@ -200,10 +214,11 @@ def _write(
                 items=len(tables.item_ids),
             ),
             data_fingerprint=dataset.fingerprint(),
+            counted_until=_latest(dataset),
             training=config.model_dump(mode="json"),
             seed=config.seed,
             metrics=report,
-            reference=_reference(scorer, dataset, calibration, raw_B),
+            reference=_reference(scorer, dataset, fitted.live_B),
             files=files,
         )
 
@@ -218,11 +233,19 @@ def _write_tables(folder: Path, tables: Tables) -> None:
             "history": pl.Series([list(one) for one in tables.histories], dtype=pl.List(pl.String)),
             "history_times": pl.Series([list(one) for one in tables.history_times], dtype=pl.List(pl.Float64)),
             "history_total": pl.Series(tables.history_totals, dtype=pl.Int64),
+            "impressions": tables.user_counts_U2[:, 0],
+            "positives": tables.user_counts_U2[:, 1],
         }
     ).write_parquet(folder / "users.parquet")
-    pl.DataFrame({"item_id": tables.item_ids, "title": tables.titles, "trained": tables.item_trained_I}).write_parquet(
-        folder / "items.parquet"
-    )
+    pl.DataFrame(
+        {
+            "item_id": tables.item_ids,
+            "title": tables.titles,
+            "trained": tables.item_trained_I,
+            "impressions": tables.item_counts_I2[:, 0],
+            "positives": tables.item_counts_I2[:, 1],
+        }
+    ).write_parquet(folder / "items.parquet")
     save_file(
         _tensors(
             user_vectors=tables.user_vectors_UC,
@@ -251,13 +274,13 @@ def _tensors(**arrays: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(one)).clone() for name, one in arrays.items()}
 
 
-def _reference(scorer: Scorer, dataset: Dataset, calibration: Calibration, raw_B: np.ndarray) -> dict[str, Any]:
+def _reference(scorer: Scorer, dataset: Dataset, scores_B: np.ndarray) -> dict[str, Any]:
     """Describe the validation split's scores and inputs, for the service to compare its traffic with."""
     tables = scorer.tables
     cold_user_B, cold_item_B = cold_rows(dataset, "valid", tables)
     deciles = np.linspace(0, 1, 11)
     return {
-        "score_deciles": [round(float(one), 6) for one in np.quantile(calibration(raw_B), deciles)],
+        "score_deciles": [round(float(one), 6) for one in np.quantile(scores_B, deciles)],
         "cold_user_rate": float(cold_user_B.mean()),
         "cold_item_rate": float(cold_item_B.mean()),
         "history_length_deciles": [float(one) for one in np.quantile(np.array(tables.history_totals), deciles)],

@@ -28,11 +28,11 @@ def precision_study(
     """
     histories = build_histories(dataset)
     opened, own = open_scorer(bundle, device, None)
-    own_B = score_split(own, dataset, histories, split, 4096, progress)
+    own_B = score_split(own, dataset, histories, split, 4096, progress).raw_B
     _, other = open_scorer(bundle, device, dtype)
     # The same vectors of items outside the catalogue: they are data here, not what is compared.
     other = Scorer(other.model, own.tables, own.assembler)
-    other_B = score_split(other, dataset, histories, split, 4096, progress)
+    other_B = score_split(other, dataset, histories, split, 4096, progress).raw_B
     labels_B = dataset.splits[split]["label"].to_numpy()
     users_B = histories.of_split(split).user_code
     differences = paired_difference(other_B, own_B, labels_B, users_B)

@@ -1,4 +1,4 @@
-"""What each stage reached on the validation split, side by side, with paired intervals."""
+"""What each stage reached on the validation split, side by side, with paired intervals; a verdict in sentences."""
 
 from typing import Any
 
@@ -28,6 +28,20 @@ def stage_report(run: Run, examples: Examples, collab: Collab, result: Projected
         difference = paired_difference(logits["stage 3"], logits[name], valid.label_B, valid.user_B)
         report["stage 3 minus"][name] = {metric: interval.as_dict() for metric, interval in difference.items()}
     return report
+
+
+def verdict_sentences(report: dict[str, Any], split: str) -> list[str]:
+    """Return a sentence for every scorer and metric by which `score` loses, its whole interval below zero."""
+    where = f"{split} with live counts" if report["live"] else split
+    losses = []
+    for name, differences in report["score minus"].items():
+        for metric, gap in differences.items():
+            if gap["value"] is not None and gap["high"] < 0:
+                losses.append(
+                    f"score loses to {name} on {where} by {-gap['value']:.3f} {metric.upper()}"
+                    f" ({-gap['high']:.3f} to {-gap['low']:.3f})."
+                )
+    return losses or [f"score loses to none of {', '.join(report['score minus'])} on {where}."]
 
 
 def matrix_factorization_scores(examples: Examples, collab: Collab, split: str) -> np.ndarray:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from models.assembly import Assembler
 from models.features import Tables
-from models.loading import Bundle, Calibration
+from models.fusion import Fusion
+from models.loading import Bundle
 from service.batcher import Batcher
 from service.engines.protocol import Engine
 from service.features.choice import Stores, open_store
@@ -21,7 +22,7 @@ class BundleParts:
     bundle: Bundle
     tables: Tables
     assembler: Assembler
-    calibration: Calibration
+    fusion: Fusion
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class BundleHandle:
     tables: Tables
     store: FeatureStore
     assembler: Assembler
-    calibration: Calibration
+    fusion: Fusion
     engine: Engine
     batcher: Batcher
 
@@ -79,7 +80,7 @@ def open_parts(bundle: Bundle) -> BundleParts:
         BundleError, TokenizerError: the bundle cannot be served.
     """
     tables = bundle.tables()
-    return BundleParts(bundle, tables, bundle.assembler(bundle.encoder(), tables), bundle.calibration())
+    return BundleParts(bundle, tables, bundle.assembler(bundle.encoder(), tables), bundle.fusion())
 
 
 def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stores) -> BundleHandle:
@@ -90,7 +91,7 @@ def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stor
         tables=parts.tables,
         store=open_store(parts.bundle.id, parts.tables, stores),
         assembler=parts.assembler,
-        calibration=parts.calibration,
+        fusion=parts.fusion,
         engine=engine,
         batcher=batcher,
     )

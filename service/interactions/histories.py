@@ -65,7 +65,7 @@ def merged(user_id: str, stored: UserFeatures | None, live: LiveUser) -> MergedU
         return MergedUser(stored, 0)
     history, times = _inserted(stored, places)
     total = stored.history_total + len(places)
-    return MergedUser(UserFeatures(user_id, stored.vector_C, history, times, total), len(places))
+    return MergedUser(UserFeatures(user_id, stored.vector_C, history, times, total, stored.counts), len(places))
 
 
 def _place(like: Like, times: tuple[float, ...]) -> int:

@@ -5,7 +5,7 @@ WITHOUT = """
 import sys
 for name in ("peft", "polars", "pydantic", "fastapi", "typer"):
     sys.modules[name] = None
-import models.scorer, models.scoring_model, models.probe, models.masked
+import models.scorer, models.scoring_model, models.probe, models.prompt_tree
 """
 
 

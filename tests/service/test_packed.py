@@ -133,9 +133,9 @@ def test_a_worker_starts_with_the_bundles_that_are_whole(bundle: Bundle, tmp_pat
     [group] = groups_of(bundle)[:1]
     both = source.open().score([group, group], [bundle.id, alike.id])
     assert len(scores(both)) == 2
-    (alike.folder / "calibration.json").unlink()
+    (alike.folder / "fusion.json").unlink()
     good, bad = source.open().score([group, group], [bundle.id, alike.id])
-    assert isinstance(bad, JobFailedError) and "calibration.json: missing" in str(bad)
+    assert isinstance(bad, JobFailedError) and "fusion.json: missing" in str(bad)
     np.testing.assert_allclose(np.asarray(good), np.asarray(both[0]), atol=1e-6)
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -114,6 +115,9 @@ def test_a_printed_prompt_says_what_it_is_made_of(trained: Trained, bundle: Bund
     readable = sella_train("prompt", "--bundle", trained.bundle, *question).stdout
     assert readable.endswith(described["text"] + "\n")
     assert " ".join(map(str, described["token_ids"])) in readable
+    logit = sum(described["parts"].values())
+    assert 1 / (1 + math.exp(-logit)) == pytest.approx(described["score"], abs=1e-6)
+    assert f"lm {described['parts']['lm']:+.4f}" in readable
 
 
 def test_a_prompt_about_an_unknown_item_without_a_title_is_refused(trained: Trained) -> None:
@@ -132,6 +136,7 @@ def test_fit_of_a_finished_run_resumes_to_its_report(trained: Trained, tmp_path:
     result = sella_train(*options)
     assert result.exit_code == 0, result.output
     assert f"{trained.report['all']['auc']['value']:.4f}" in result.stdout
+    assert "on valid, counts of train" in result.stdout and "on valid, live counts" in result.stdout
     assert "another configuration" in refused(*options, "--seed", 5)
 
 
@@ -174,14 +179,48 @@ def test_evaluate_prints_the_documented_json_and_nothing_else(trained: Trained) 
     result = sella_train("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split", "test", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert list(report) == ["all", "warm", "cold", "new items"]
-    for part in report.values():
+    groups = {name: report.pop(name) for name in ("all", "warm", "cold", "new items", "history")}
+    assert set(report) == {"scorers", "score minus", "live", "delay"} and report["live"] is False
+    assert list(report["scorers"]) == list(report["score minus"]) == ["raw", "collab", "rates", "boosting"]
+    for part in report["scorers"].values():
+        assert set(part) == {"auc", "uauc", "log_loss", "ece"}
+    for part in groups.values():
         assert set(part) == {"auc", "uauc", "log_loss", "ece", "rows"}
         for metric in ("auc", "uauc", "log_loss", "ece"):
             assert set(part[metric]) == {"value", "low", "high"}
             assert part[metric]["low"] <= part[metric]["value"] <= part[metric]["high"]
-    rows = {name: part["rows"] for name, part in report.items()}
+    rows = {name: part["rows"] for name, part in groups.items()}
     assert rows["all"] == 200 == rows["warm"] + rows["cold"]
+
+
+def test_evaluate_live_knows_more_with_less_delay(trained: Trained) -> None:
+    def evaluated(*more: object) -> dict[str, Any]:
+        common = ("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split", "test", "--json")
+        result = sella_train(*common, *more)
+        assert result.exit_code == 0, result.output
+        report: dict[str, Any] = json.loads(result.stdout)
+        return report
+
+    live, late = evaluated("--live"), evaluated("--live", "--delay", 40 * 86_400)
+    assert (live["live"], live["delay"], late["delay"]) == (True, 0, 40 * 86_400)
+    assert live["scorers"]["rates"] != late["scorers"]["rates"]
+    assert live["scorers"]["raw"] != late["scorers"]["raw"]  # a delay holds likes back from histories, too
+    common = ("evaluate", "--bundle", trained.bundle, "--data", trained.data)
+    assert "add --live" in refused(*common, "--delay", 5)
+
+
+def test_evaluate_prints_the_verdict(trained: Trained, tmp_path: Path) -> None:
+    common = ("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split")
+    shown = sella_train(*common, "test", "--live").stdout
+    assert "on test, live counts" in shown and "score minus it" in shown and "…" not in shown
+    for name in ("score", "raw", "collab", "rates", "boosting"):
+        assert f"│ {name} " in shown
+    assert "score loses to " in shown
+    assert "chosen on these rows: checkpoints, fusion." in sella_train(*common, "valid").stdout
+    for name in ("items", "test"):
+        (tmp_path / f"{name}.parquet").write_bytes((trained.data / f"{name}.parquet").read_bytes())
+    alone = sella_train("evaluate", "--bundle", trained.bundle, "--data", tmp_path).stdout
+    assert "boosting is left out: the data folder has no train split." in alone
 
 
 def test_evaluate_prints_null_where_a_figure_is_undefined(trained: Trained, tmp_path: Path) -> None:
@@ -257,7 +296,7 @@ def test_inspect_shows_what_a_bundle_holds(trained: Trained, bundle: Bundle) -> 
         "projection.safetensors",
         "users.parquet",
         "items.parquet",
-        "calibration.json",
+        "fusion.json",
         "fold_in.json",
     ],
 )

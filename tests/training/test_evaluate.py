@@ -5,16 +5,16 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
+from models.assembly import known_pairs
 from models.backbone import Backbone
-from models.loading import Calibration
+from models.fusion import Counts
 from tests.training.micro import Trained
+from training.counts import LIVE, row_counts
 from training.data.dataset import Dataset, load_dataset
 from training.data.history import Histories, build_histories
-from training.evaluate import Scorer, cold_rows, fit_calibration, judge, score_split
+from training.evaluate import Scorer, cold_rows, judge, score_split
 from training.examples import Examples
 from training.pipeline import Prepared, _scorer
 from training.run import Run
@@ -24,7 +24,7 @@ from training.stages.project import SlotForward, SlotTables, folded_users, initi
 
 @pytest.fixture(scope="module")
 def raw_valid(scorer: Scorer, dataset: Dataset, histories: Histories) -> np.ndarray:
-    return score_split(scorer, dataset, histories, "valid", 2048)
+    return score_split(scorer, dataset, histories, "valid", 2048).raw_B
 
 
 def logit(probability: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_the_served_score_is_what_stage_3_trained_cold_rows_included(
     stage_3: SlotForward, served: Scorer, examples: Examples, dataset: Dataset, histories: Histories
 ) -> None:
     """Tables and prompts by the service's code, against the training forward on the same rows."""
-    logits_B = logit(score_split(served, dataset, histories, "valid", 2048))
+    logits_B = logit(score_split(served, dataset, histories, "valid", 2048).raw_B)
     np.testing.assert_allclose(logits_B, stage_3.predict(examples, examples.targets("valid", 16)), atol=1e-4)
     cold_user_B, cold_item_B = cold_rows(dataset, "valid", served.tables)
     assert (cold_user_B & ~cold_item_B).sum() > 5 and (~cold_user_B & cold_item_B).sum() > 5
@@ -77,13 +77,14 @@ def test_scores_do_not_use_the_stored_last_histories(
     users = len(scorer.tables.user_ids)
     other = replace(scorer.tables, histories=[("m01",)] * users, history_totals=[1] * users)
     without = score_split(replace(scorer, tables=other), dataset, histories, "valid", 2048)
-    np.testing.assert_array_equal(without, raw_valid)
+    np.testing.assert_array_equal(without.raw_B, raw_valid)
 
 
 def test_a_score_does_not_depend_on_what_came_later(scorer: Scorer, dataset: Dataset, raw_valid: np.ndarray) -> None:
     early = dataset.splits["valid"].head(90)
     cut = Dataset(dataset.items, {"train": dataset.splits["train"], "valid": early})
-    np.testing.assert_allclose(score_split(scorer, cut, build_histories(cut), "valid", 2048), raw_valid[:90], atol=1e-6)
+    again = score_split(scorer, cut, build_histories(cut), "valid", 2048)
+    np.testing.assert_allclose(again.raw_B, raw_valid[:90], atol=1e-6)
 
 
 def test_a_score_does_not_depend_on_its_own_label(scorer: Scorer, dataset: Dataset, raw_valid: np.ndarray) -> None:
@@ -94,14 +95,15 @@ def test_a_score_does_not_depend_on_its_own_label(scorer: Scorer, dataset: Datas
     turned = Dataset(
         dataset.items, {**dataset.splits, "valid": valid.with_columns(label=pl.Series(flipped, dtype=pl.Int8))}
     )
-    again = score_split(scorer, turned, build_histories(turned), "valid", 2048)
+    again = score_split(scorer, turned, build_histories(turned), "valid", 2048).raw_B
     np.testing.assert_allclose(again[last], raw_valid[last], atol=1e-6)
 
 
 def test_the_forwards_size_does_not_change_a_score(
     scorer: Scorer, dataset: Dataset, histories: Histories, raw_valid: np.ndarray
 ) -> None:
-    np.testing.assert_allclose(score_split(scorer, dataset, histories, "valid", 150), raw_valid, atol=1e-5)
+    again = score_split(scorer, dataset, histories, "valid", 150)
+    np.testing.assert_allclose(again.raw_B, raw_valid, atol=1e-5)
 
 
 def test_users_and_items_the_bundle_never_heard_of_are_scored_from_history_and_title(
@@ -114,10 +116,12 @@ def test_users_and_items_the_bundle_never_heard_of_are_scored_from_history_and_t
     ).with_columns(weight=pl.lit(1.0))
     test = rows.cast({name: train.schema[name] for name in train.columns})
     strange = Dataset(items, {"test": test})
-    scores = score_split(scorer, strange, build_histories(strange), "test", 2048)
+    scored = score_split(scorer, strange, build_histories(strange), "test", 2048)
+    scores = scored.raw_B
     assert np.isfinite(scores).all() and len(set(scores.tolist())) == 3
     cold_user_B, cold_item_B = cold_rows(strange, "test", scorer.tables)
     assert cold_user_B.all() and cold_item_B[-1]
+    assert scored.cold_user_B.all() and scored.cold_item_B.tolist() == cold_item_B.tolist()
 
 
 def test_warm_means_user_and_item_both_in_train(trained: Trained, scorer: Scorer, histories: Histories) -> None:
@@ -129,14 +133,15 @@ def test_warm_means_user_and_item_both_in_train(trained: Trained, scorer: Scorer
     )
     assert 20 < warm_B.sum() < len(warm_B) - 20
     scores_B, labels_B = np.random.default_rng(0).random(len(warm_B)).astype(np.float32), test["label"].to_numpy()
+    report = judge({"score": scores_B}, whole, build_histories(whole), "test", scorer.tables, replicates=20)
+    long_B = np.array([len(build_histories(whole).history("test", row)) > 1 for row in range(len(warm_B))])
     new_B = ~test["item_id"].is_in(seen_items).to_numpy()
     assert 5 < new_B.sum() < (~warm_B).sum()
-    parts = {"all": np.full_like(warm_B, True), "warm": warm_B, "cold": ~warm_B, "new items": new_B}
-    report = judge(scores_B, whole, build_histories(whole), "test", scorer.tables, replicates=20)
-    assert {name: part["rows"] for name, part in report.items()} == {
-        name: int(row_B.sum()) for name, row_B in parts.items()
-    }
-    for name, chosen in parts.items():
+    groups = {"all": np.full_like(warm_B, True), "warm": warm_B, "cold": ~warm_B}
+    groups |= {"new items": new_B, "history": long_B}
+    assert list(report) == [*groups, "scorers", "score minus"]
+    for name, chosen in groups.items():
+        assert report[name]["rows"] == chosen.sum()
         assert report[name]["auc"]["value"] == pytest.approx(roc_auc_score(labels_B[chosen], scores_B[chosen]))
         assert report[name]["log_loss"]["value"] == pytest.approx(
             log_loss(labels_B[chosen], scores_B[chosen]), abs=1e-5
@@ -145,48 +150,30 @@ def test_warm_means_user_and_item_both_in_train(trained: Trained, scorer: Scorer
 
 def test_a_split_without_cold_rows_says_so(scorer: Scorer, dataset: Dataset, histories: Histories) -> None:
     scores_B = np.full(dataset.splits["train"].height, 0.4, np.float32)
-    report = judge(scores_B, dataset, histories, "train", scorer.tables, replicates=5)
+    report = judge({"score": scores_B}, dataset, histories, "train", scorer.tables, replicates=5)
     nothing = {"value": None, "low": None, "high": None}
     assert report["cold"] == {"rows": 0, "auc": nothing, "uauc": nothing, "log_loss": nothing, "ece": nothing}
     assert report["warm"] == report["all"] and report["all"]["auc"]["value"] == 0.5
 
 
-def test_the_report_of_fit_is_the_judgement_of_the_bundle_on_valid(
-    trained: Trained, bundle: object, scorer: Scorer, dataset: Dataset, histories: Histories, raw_valid: np.ndarray
+def test_what_is_known_of_a_row_is_what_the_service_assembles(
+    scorer: Scorer, dataset: Dataset, histories: Histories, raw_valid: np.ndarray
 ) -> None:
-    calibration = Calibration.model_validate_json((trained.bundle / "calibration.json").read_text())
-    judged = judge(calibration(raw_valid), dataset, histories, "valid", scorer.tables)
-    for part in ("all", "warm", "cold"):
-        for metric in ("auc", "uauc", "log_loss", "ece"):
-            assert trained.report[part][metric] == pytest.approx(judged[part][metric], abs=1e-4)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.floats(-3, 3), st.floats(-2, 2))
-def test_calibration_never_changes_a_ranking(seed: int, steepness: float, shift: float) -> None:
-    """Whatever the labels, those that go against the scores and those of one class included."""
-    rng = np.random.default_rng(seed)
-    raw_B = rng.random(300).astype(np.float32)
-    labels_B = (rng.random(300) < 1 / (1 + np.exp(-(steepness * logit(raw_B) + shift)))).astype(np.float32)
-    calibration = fit_calibration(raw_B, labels_B)
-    calibrated = calibration(np.linspace(0.01, 0.99, 99, dtype=np.float32))
-    assert (np.diff(calibrated) >= 0).all()
-    assert calibration.slope > 0
-    if 0.1 < calibration.slope < 2:
-        assert (np.diff(calibrated) > 0).all()
-
-
-def test_calibration_recovers_a_known_distortion() -> None:
-    rng = np.random.default_rng(0)
-    true_B = rng.normal(0, 1.5, 40_000)
-    labels_B = (rng.random(40_000) < 1 / (1 + np.exp(-true_B))).astype(np.float32)
-    raw_B = (1 / (1 + np.exp(-(2 * true_B - 1)))).astype(np.float32)
-    calibration = fit_calibration(raw_B, labels_B)
-    assert calibration.slope == pytest.approx(0.5, abs=0.02)
-    assert calibration.intercept == pytest.approx(0.5, abs=0.04)
-
-
-@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], [1, 1, 0]])
-def test_calibration_is_left_alone_where_it_could_not_increase(labels: list[int]) -> None:
-    raw_B = np.array([0.2, 0.3, 0.9], np.float32)
-    assert fit_calibration(raw_B, np.array(labels, np.float32)) == Calibration()
+    """Vectors, flags and the language model's logit, row by row, against a prompt assembled for the row alone."""
+    scored = score_split(scorer, dataset, histories, "valid", 2048)
+    counts = row_counts(dataset, "valid", LIVE)
+    known = scored.known(counts)
+    valid = dataset.splits["valid"]
+    for row in range(0, valid.height, 9):
+        item = scorer.tables.item(valid["item_id"][row])
+        liked = [dataset.items["item_id"][int(one)] for one in histories.history("valid", row)]
+        user = scorer.user(scorer.tables.user(valid["user_id"][row]), liked, len(liked))
+        assert item is not None
+        group = scorer.assembler.group(user, [item])
+        user_counts = Counts(int(counts.user_impressions_B[row]), int(counts.user_positives_B[row]))
+        item_counts = Counts(int(counts.item_impressions_B[row]), int(counts.item_positives_B[row]))
+        alone = known_pairs(
+            raw_valid[row : row + 1], group, (user_counts, user.cold), [(item_counts, not item.trained)]
+        )
+        for name, value in vars(alone).items():
+            np.testing.assert_allclose(vars(known)[name][row], value[0], atol=1e-6, err_msg=name)

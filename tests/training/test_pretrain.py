@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from models.backbone import Backbone, load_backbone
-from models.masked import SlotVectors, lay_out, masked_logits
 from models.packs import Branch, Pack
 from models.projection import Verbatim
+from models.prompt_tree import SlotVectors, TreeModel, lay_out
 from models.segments import Segment
 from models.template import PromptKind, Template
 from tests.training.micro import MICRO
@@ -62,7 +62,7 @@ def test_every_slot_moves_the_answer_the_way_its_word_says(
     features = torch.tensor(list(itertools.product((0, 1), repeat=3)))
     batch = lay_out([Pack(Segment(()), (Branch(0, prompt),))] * len(features))
     with torch.no_grad():
-        logits = masked_logits(backbone, batch, Verbatim(), SlotVectors(*words[features].unbind(1)))
+        logits = TreeModel(backbone).logits(batch, Verbatim(), SlotVectors(*words[features].unbind(1)))
     for slot, name in enumerate(("user", "item", "warm")):
         effect = logits[features[:, slot] == 1].mean() - logits[features[:, slot] == 0].mean()
         assert effect > 0.5, f"the {name}'s feature moves the answer by {float(effect):.3f}"

@@ -9,7 +9,7 @@ Shapes: B rows of a split, U users, P positives of all users.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -76,6 +76,19 @@ class Histories:
         """Return one row's history as rows of `Dataset.items`, oldest first."""
         rows = self._splits[split]
         return self.positives_of(int(rows.user_code[row]))[: rows.length[row]]
+
+    def delayed(self, split: str, known_before_B: NDArray[np.float64]) -> "Histories":
+        """Return the histories where each row of a split knows only likes strictly before a moment, UTC seconds.
+
+        A history stays a beginning of the user's likes; it ends before the first that is too late.
+        """
+        rows = self._splits[split]
+        length = rows.length.copy()
+        order = np.argsort(rows.user_code, kind="stable")
+        for chosen in np.split(order, np.flatnonzero(np.diff(rows.user_code[order])) + 1):
+            times = np.maximum.accumulate(self.times_of(int(rows.user_code[chosen[0]])))
+            length[chosen] = np.minimum(length[chosen], np.searchsorted(times, known_before_B[chosen]))
+        return replace(self, _splits={**self._splits, split: replace(rows, length=length)})
 
     def last(self, user_id: str, *, through: str | None = None) -> Int32:
         """Return what the user liked up to the end of split `through` (None: of all splits), oldest first."""

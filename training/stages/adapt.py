@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from models.backbone import DTYPES, Backbone, load_backbone
-from models.masked import lay_out, masked_logits
 from models.packed import PackedModel
 from models.packs import Pack
+from models.prompt_tree import TreeModel, lay_out
 from models.template import PromptKind
 from training.examples import Examples, Int32, answer_loss, forwards, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
@@ -35,16 +35,17 @@ def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
     backbone.attach_lora(config.rank, config.alpha, config.dropout)
     if run.config.gradient_checkpointing:
         backbone.checkpoint_activations()
+    model = TreeModel(backbone)
     train = examples.targets("train", run.config.max_targets)
     valid = examples.targets("valid", run.config.max_targets)
     judged = valid.limited(run.config.validation_rows)
 
     def forward(batch: Sequence[tuple[Pack, Int32]]) -> Tensor:
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.autocast):
-            return masked_logits(backbone, lay_out([pack for pack, _ in batch]).to(run.device))
+            return model.logits(lay_out([pack for pack, _ in batch]).to(run.device))
 
     def evaluate() -> dict[str, float]:
-        backbone.model.eval()
+        model.decoder.eval()
         return figures(predict(run, examples, KIND, judged, forward), judged)
 
     def plan(rng: np.random.Generator) -> list[list[Int32]]:
@@ -55,14 +56,14 @@ def adapt(run: Run, examples: Examples, source: str | Path) -> Path:
     loop = StageLoop(run, "adapt", rates, config.schedule, plan, evaluate)
     if not loop.restore():
         for groups in loop.steps():
-            backbone.model.train()
+            model.decoder.train()
             total = float(train.weight_B[np.concatenate(groups)].sum())
             packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]
             for batch in run.share(list(forwards(packs, run.config.max_tokens))):
                 loss = answer_loss(forward(batch), train, rows_of(batch))
                 loop.backward(loss / total)
     loop.keep_best()
-    backbone.model.eval()
+    model.decoder.eval()
     logits_B = predict(run, examples, KIND, valid, forward)
     if run.is_main:
         write_tensors(run.folder / "adapt_valid.safetensors", {"logits": torch.from_numpy(logits_B)})

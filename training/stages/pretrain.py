@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from models.backbone import Backbone, load_backbone
-from models.masked import SlotVectors, lay_out, masked_logits
 from models.projection import Verbatim
+from models.prompt_tree import SlotVectors, TreeModel, lay_out
 from models.template import PromptKind, Template, TemplateConfig
 from training.config import TinyConfig
 from training.data.dataset import Dataset
@@ -111,6 +111,7 @@ class _Tasks:
 
     run: Run
     backbone: Backbone
+    model: TreeModel
     examples: Examples
     targets: Targets
 
@@ -139,11 +140,11 @@ class _Tasks:
         for batch in self.run.share(list(forwards(packs, self.run.config.max_tokens))):
             features_K3 = questions.features_K3[rows_of(batch)].to(self.run.device)
             answers = torch.tensor([self.backbone.answers.no, self.backbone.answers.yes], device=self.run.device)
-            layout = lay_out([pack for pack, _ in batch]).to(self.run.device)
+            tree = lay_out([pack for pack, _ in batch]).to(self.run.device)
             with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.config.autocast):
                 words_2D = self.backbone.embed(answers)
                 mixed_3KD = torch.lerp(words_2D[0], words_2D[1], features_K3.T[..., None])
-                logits_K = masked_logits(self.backbone, layout, Verbatim(), SlotVectors(*mixed_3KD.unbind(0)))
+                logits_K = self.model.logits(tree, Verbatim(), SlotVectors(*mixed_3KD.unbind(0)))
             yield _divergence(logits_K, READING_SLOPE * (2 * features_K3 - 1).sum(-1))
 
 
@@ -161,7 +162,7 @@ def _train(run: Run, backbone: Backbone, examples: Examples) -> None:
     valid_NT, train_NT = blocks_NT[:held_out], blocks_NT[held_out:]
     # Whether the slots are read changes late and at once: patience would end the stage before.
     schedule = config.schedule.model_copy(update={"patience": sys.maxsize})
-    tasks = _Tasks(run, backbone, examples, examples.targets("train", run.config.max_targets))
+    tasks = _Tasks(run, backbone, TreeModel(backbone), examples, examples.targets("train", run.config.max_targets))
     asked = tasks.draw(HELD_OUT_GROUPS, np.random.default_rng(derived_seed(run.config.seed, "questions")))
 
     @torch.no_grad()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.masked import SlotVectors, lay_out, masked_logits
 from models.packs import Pack
 from models.projection import Projections
+from models.prompt_tree import SlotVectors, TreeModel, lay_out
 from models.template import PromptKind
 from training.examples import Examples, Int32, Targets, answer_loss, forwards, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
@@ -121,7 +121,7 @@ class SlotForward:
     """Stage 3's forward: packed prompts of Fig. 4 with the tables' vectors in their slots."""
 
     run: Run
-    backbone: Backbone
+    model: TreeModel
     projections: Projections
     tables: SlotTables
     folded: dict[str, Tensor]  # split -> each row's user as if never trained, (B, C)
@@ -149,8 +149,8 @@ class SlotForward:
             None if own_label is None else own_label.of(rows, device),
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.autocast):
-            layout = lay_out([pack for pack, _ in batch]).to(device)
-            return masked_logits(self.backbone, layout, self.projections, vectors)
+            tree = lay_out([pack for pack, _ in batch]).to(device)
+            return self.model.logits(tree, self.projections, vectors)
 
     def predict(self, examples: Examples, targets: Targets) -> np.ndarray:
         """Return the logits of a split's targets, `(B,)`."""
@@ -166,7 +166,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     folded = {targets.split: folded_users(examples, targets, collab) for targets in (train, valid)}
     own_label = influence(collab, train, run.config.align)
     tables = SlotTables(collab).to(run.device)
-    forward = SlotForward(run, backbone, projections.to(run.device), tables, folded)
+    forward = SlotForward(run, TreeModel(backbone), projections.to(run.device), tables, folded)
 
     def evaluate() -> dict[str, float]:
         return figures(forward.predict(examples, judged), judged)

@@ -2,14 +2,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.masked import SlotVectors, lay_out, masked_logits
 from models.packs import Branch, Pack, split_pack
 from models.projection import Projections
+from models.prompt_tree import SlotVectors, TreeModel, lay_out
 from models.scorer import score
 from models.segments import Segment, SlotKind
 from tests.tiny import D_COLLAB, D_HIDDEN, D_MODEL, tiny_backbone
 
 BACKBONE = tiny_backbone()
+MODEL = TreeModel(BACKBONE)
 torch.manual_seed(5)
 PROJECTIONS = Projections(D_COLLAB, D_HIDDEN, D_MODEL)
 VOCABULARY = 400
@@ -47,7 +48,7 @@ def test_packed_equals_one_prompt_at_a_time(seed: int, shapes: list[tuple[int, l
     packs = [slotted_pack(seed + 100 * i, trunk, lengths) for i, (trunk, lengths) in enumerate(shapes)]
     vectors = slot_vectors(seed, len(packs), sum(len(pack.branches) for pack in packs))
     with torch.no_grad():
-        packed = masked_logits(BACKBONE, lay_out(packs), PROJECTIONS, vectors).sigmoid()
+        packed = MODEL.logits(lay_out(packs), PROJECTIONS, vectors).sigmoid()
     index = 0
     for row, pack in enumerate(packs):
         for branch in pack.branches:
@@ -77,7 +78,7 @@ def test_packed_losses_and_gradients_equal_one_pair_at_a_time() -> None:
             leaf.requires_grad_(True).grad = None
         total = 0.0
         for group, part, wanted in batches:
-            logits = masked_logits(BACKBONE, lay_out(group), PROJECTIONS, part)
+            logits = MODEL.logits(lay_out(group), PROJECTIONS, part)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
             loss.backward()
             total += float(loss.detach())
@@ -104,8 +105,8 @@ def test_neighbours_and_order_do_not_change_a_score() -> None:
     vectors = slot_vectors(0, 2, 3)
     swapped = SlotVectors(vectors.user_UC.flip(0), vectors.item_KC[[2, 0, 1]], vectors.semantic_KD[[2, 0, 1]])
     with torch.no_grad():
-        ours = masked_logits(BACKBONE, lay_out([first, second]), PROJECTIONS, vectors)
-        theirs = masked_logits(BACKBONE, lay_out([second, first]), PROJECTIONS, swapped)
+        ours = MODEL.logits(lay_out([first, second]), PROJECTIONS, vectors)
+        theirs = MODEL.logits(lay_out([second, first]), PROJECTIONS, swapped)
     torch.testing.assert_close(ours, theirs[[1, 2, 0]], atol=1e-5, rtol=0)
 
 
@@ -114,9 +115,9 @@ def test_vectors_that_do_not_match_the_slots_are_refused() -> None:
 
     batch = lay_out([slotted_pack(1, 5, [2, 2])])
     with pytest.raises(ValueError, match="2 slots but 3 vectors"):
-        masked_logits(BACKBONE, batch, PROJECTIONS, slot_vectors(0, 1, 3))
+        MODEL.logits(batch, PROJECTIONS, slot_vectors(0, 1, 3))
     with pytest.raises(ValueError, match="no vectors were given"):
-        masked_logits(BACKBONE, batch)
+        MODEL.logits(batch)
 
 
 def test_tokens_are_counted_packed_and_alone() -> None:

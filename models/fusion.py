@@ -1,0 +1,171 @@
+"""The served score: one small logistic model over everything that is known of a pair.
+
+`raw_score` is the language model's softmax (Eq. 3). `score` is the probability of a logistic model whose inputs are the
+language model's logit, the parts of the collaborative prediction, and how often the item was liked and the user liked,
+counted up to this moment. Evaluation and service call the same code.
+
+Rates enter as their distance from the base rate in log-odds, smoothed: without evidence the distance is zero. Two
+strengths of smoothing tell much evidence from little. Weights are never negative, so a further positive of an item
+never lowers its score.
+
+Shapes: K pairs, C = d_C.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+RAW_EDGE = 1e-7  # a raw score nearer to 0 or 1 counts as this: fp32 has rounded it to 0 or 1
+SLOW = 8.0  # how many times the fitted strength the second, slower smoothing has
+
+
+class Counts(NamedTuple):
+    """Impressions with a known outcome, and those of them that were positive."""
+
+    impressions: int = 0
+    positives: int = 0
+
+    def __add__(self, other: object) -> "Counts":
+        if not isinstance(other, Counts):
+            return NotImplemented
+        return Counts(self.impressions + other.impressions, self.positives + other.positives)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of K pairs beside the prompt; each field has shape (K,), the vectors (K, C).
+
+    Attributes:
+        lm_K: the language model's logit, log p(Yes) - log p(No).
+        user_KC: collaborative vectors of the users, [p, b_u, 1].
+        item_KC: collaborative vectors of the items, [q, 1, b_i].
+        user_impressions_K, user_positives_K: the user's impressions with a known outcome, and the positives.
+        item_impressions_K, item_positives_K: the item's.
+        cold_user_K, cold_item_K: True where the vector was not trained.
+    """
+
+    lm_K: NDArray[np.floating]
+    user_KC: Floats
+    item_KC: Floats
+    user_impressions_K: NDArray[np.integer]
+    user_positives_K: NDArray[np.integer]
+    item_impressions_K: NDArray[np.integer]
+    item_positives_K: NDArray[np.integer]
+    cold_user_K: NDArray[np.bool_]
+    cold_item_K: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where lengths differ."""
+        lengths = {one.name: len(getattr(self, one.name)) for one in fields(self)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"fields of different lengths: {lengths}")
+
+
+class Rates(BaseModel):
+    """How counts become rates: the base rate, and how many impressions at it each count starts with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: float = Field(0.5, gt=0, lt=1, description="share of positives in train")
+    user_strength: float = Field(10.0, gt=0, description="impressions at the base rate that a user starts with")
+    item_strength: float = Field(5.0, gt=0, description="impressions at the base rate that an item starts with")
+
+    def distance(
+        self, positives_K: NDArray[np.integer], impressions_K: NDArray[np.integer], strength: float
+    ) -> Doubles:
+        """Return each smoothed rate's distance from the base rate in log-odds, `(K,)`; zero without evidence."""
+        hits = positives_K + strength * self.base
+        misses = impressions_K - positives_K + strength * (1 - self.base)
+        return np.asarray(np.log(hits / misses) - np.log(self.base / (1 - self.base)), np.float64)
+
+
+class Weight(BaseModel):
+    """One input's weight, with its 95 % interval (bootstrap over users)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float = Field(allow_inf_nan=False)
+    low: float = Field(allow_inf_nan=False)
+    high: float = Field(allow_inf_nan=False)
+
+
+# Inputs in the order of the weights, and the part of the score that each belongs to.
+INPUTS: Mapping[str, str] = {
+    "lm": "lm",
+    "user_bias": "collab",
+    "item_bias": "collab",
+    "taste": "collab",
+    "user_rate": "user_rate",
+    "user_rate_slow": "user_rate",
+    "item_rate": "item_rate",
+    "item_rate_slow": "item_rate",
+    "cold_user": "cold",
+    "cold_item": "cold",
+}
+PARTS = ("lm", "collab", "user_rate", "item_rate", "cold", "intercept")
+SIGNED = frozenset({"cold_user", "cold_item"})  # a cold pair may be better or worse; every other input only helps
+
+
+def raw_logits(raw_K: Floats) -> Doubles:
+    """Return the logits of raw scores, `(K,)`, in fp64: `Known.lm_K`."""
+    clipped = np.clip(raw_K.astype(np.float64), RAW_EDGE, 1 - RAW_EDGE)
+    return np.asarray(np.log(clipped) - np.log1p(-clipped), np.float64)
+
+
+class Fusion(BaseModel):
+    """The weights of `score`, as the bundle holds them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rates: Rates = Rates()
+    intercept: float = Field(0.0, allow_inf_nan=False)
+    weights: dict[str, Weight] = Field({"lm": Weight(value=1.0, low=1.0, high=1.0)})
+
+    def inputs(self, known: Known) -> dict[str, Doubles]:
+        """Return every input of the logistic model, `(K,)` each."""
+        return fusion_inputs(known, self.rates)
+
+    def parts(self, known: Known) -> dict[str, Doubles]:
+        """Return what each part adds to the logit of `score`, `(K,)` each; they sum to it."""
+        parts = {name: np.zeros(len(known.lm_K)) for name in PARTS}
+        parts["intercept"] += self.intercept
+        for name, values in self.inputs(known).items():
+            if name in self.weights:
+                parts[INPUTS[name]] += self.weights[name].value * values
+        return parts
+
+    def logits(self, known: Known) -> Doubles:
+        """Return the logit of `score`, `(K,)`."""
+        return np.asarray(np.sum([*self.parts(known).values()], axis=0), np.float64)
+
+    def __call__(self, known: Known) -> Floats:
+        """Return `score`, `(K,)`: calibrated probabilities."""
+        return (1 / (1 + np.exp(-self.logits(known)))).astype(np.float32)
+
+
+def fusion_inputs(known: Known, rates: Rates) -> dict[str, Doubles]:
+    """Return every input of the logistic model by name, `(K,)` each, in the order of `INPUTS`."""
+    user_KC, item_KC = known.user_KC.astype(np.float64), known.item_KC.astype(np.float64)
+    user = (known.user_positives_K, known.user_impressions_K)
+    item = (known.item_positives_K, known.item_impressions_K)
+    inputs = {
+        "lm": np.asarray(known.lm_K, np.float64),
+        "user_bias": user_KC[:, -2],
+        "item_bias": item_KC[:, -1],
+        "taste": (user_KC[:, :-2] * item_KC[:, :-2]).sum(-1),
+        "user_rate": rates.distance(*user, rates.user_strength),
+        "user_rate_slow": rates.distance(*user, rates.user_strength * SLOW),
+        "item_rate": rates.distance(*item, rates.item_strength),
+        "item_rate_slow": rates.distance(*item, rates.item_strength * SLOW),
+        "cold_user": known.cold_user_K.astype(np.float64),
+        "cold_item": known.cold_item_K.astype(np.float64),
+    }
+    assert tuple(inputs) == tuple(INPUTS)
+    return inputs

@@ -1,0 +1,104 @@
+from dataclasses import astuple
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
+from training.data.dataset import Dataset
+
+# Few users, items and seconds: most draws hold rows of one second, within a split and across splits.
+row = st.tuples(st.integers(0, 2), st.integers(0, 2), st.booleans(), st.integers(0, 6))
+split = st.lists(row, min_size=1, max_size=12)
+
+
+def frame(rows: list[tuple[int, int, bool, float]]) -> pl.DataFrame:
+    users, items, labels, times = zip(*rows, strict=True)
+    return pl.DataFrame(
+        {
+            "user_id": [f"u{one}" for one in users],
+            "item_id": [f"m{one}" for one in items],
+            "label": pl.Series(labels, dtype=pl.Boolean).cast(pl.Int8),
+            "timestamp": times,
+            "weight": pl.Series([1.0] * len(rows), dtype=pl.Float32),
+        }
+    )
+
+
+def dataset(**splits: list[tuple[int, int, bool, float]]) -> Dataset:
+    items = pl.DataFrame({"item_id": ["m0", "m1", "m2"], "title": ["a", "b", "c"]})
+    return Dataset(items, {name: frame(rows) for name, rows in splits.items()})
+
+
+def columns(counts: RowCounts) -> list[list[int]]:
+    return [one.tolist() for one in astuple(counts)]
+
+
+def counted(data: Dataset, split: str, known: list[list[dict[str, object]]]) -> list[list[int]]:
+    """Return the four columns by counting, for every row, the rows that are known at it, one by one."""
+    found: list[list[int]] = [[], [], [], []]
+    for one, rows in zip(data.splits[split].iter_rows(named=True), known, strict=True):
+        for place, column in ((0, "user_id"), (2, "item_id")):
+            same = [other["label"] for other in rows if other[column] == one[column]]
+            found[place].append(len(same))
+            found[place + 1].append(sum(same))  # type: ignore[arg-type]
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(split, split, split, st.sampled_from([0.0, 0.5, 1.0, 2.0, 100.0]), st.sampled_from(["train", "valid", "test"]))
+def test_live_counts_are_the_rows_strictly_earlier_than_the_delay(
+    train: list[tuple[int, int, bool, float]],
+    valid: list[tuple[int, int, bool, float]],
+    test: list[tuple[int, int, bool, float]],
+    delay: float,
+    name: str,
+) -> None:
+    data = dataset(train=train, valid=valid, test=test)
+    everything = [one for part in data.splits.values() for one in part.iter_rows(named=True)]
+    known = [
+        [other for other in everything if other["timestamp"] < one["timestamp"] - delay]
+        for one in data.splits[name].iter_rows(named=True)
+    ]
+    assert columns(row_counts(data, name, Counting(live=True, delay=delay))) == counted(data, name, known)
+
+
+@settings(max_examples=100, deadline=None)
+@given(split, split)
+def test_static_counts_are_all_of_train_for_every_row(
+    train: list[tuple[int, int, bool, float]], valid: list[tuple[int, int, bool, float]]
+) -> None:
+    data = dataset(train=train, valid=valid)
+    everything = list(data.splits["train"].iter_rows(named=True))
+    assert columns(row_counts(data, "valid", STATIC)) == counted(data, "valid", [everything] * len(valid))
+
+
+def test_rows_of_train_never_count_their_own_label() -> None:
+    data = dataset(train=[(0, 0, True, 1), (0, 1, True, 2), (0, 0, False, 2)])
+    assert columns(row_counts(data, "train", STATIC)) == [[0, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]]
+
+
+def test_fractions_of_a_second_are_told_apart() -> None:
+    data = dataset(train=[(0, 0, True, 1700000000.25)], test=[(0, 0, True, 1700000000.5), (0, 1, True, 1700000000.25)])
+    assert row_counts(data, "test", LIVE).user_impressions_B.tolist() == [2, 0]
+
+
+@pytest.mark.timeout(60)
+def test_a_million_rows_are_counted_in_seconds() -> None:
+    rng = np.random.default_rng(0)
+    rows = 1_000_000
+    whole = pl.DataFrame(
+        {
+            "user_id": pl.Series(rng.integers(0, 100_000, rows)).cast(pl.String),
+            "item_id": pl.Series(rng.integers(0, 20_000, rows)).cast(pl.String),
+            "label": pl.Series(rng.integers(0, 2, rows)).cast(pl.Int8),
+            "timestamp": rng.integers(0, 10_000_000, rows),
+        }
+    )
+    data = Dataset(pl.DataFrame(), {"train": whole})
+    counts = row_counts(data, "train", LIVE)
+    # Of two rows of an item, at most one counts the other.
+    rows_I = whole["item_id"].value_counts()["count"].to_numpy()
+    assert 0 <= (rows_I * (rows_I - 1) // 2).sum() - counts.item_impressions_B.sum() < 100

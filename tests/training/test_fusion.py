@@ -1,0 +1,246 @@
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import polars as pl
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from models.fusion import INPUTS, SIGNED, Fusion, Known, Rates, Weight
+from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
+from training.data.dataset import Dataset
+from training.fusion import cross_fitted, fit_fusion, fit_rates, scores_of
+
+USERS, ITEMS, WIDTH = 300, 120, 6
+
+
+@dataclass(frozen=True)
+class World:
+    """Rows in time order, the vectors of their users and items, and a language model's logit of each valid row."""
+
+    dataset: Dataset
+    lm_B: np.ndarray
+    user_BC: np.ndarray
+    item_BC: np.ndarray
+    user_B: np.ndarray
+    labels_B: np.ndarray
+
+    def known(self, counts: RowCounts) -> Known:
+        cold = np.zeros(len(self.lm_B), bool)
+        return Known(
+            self.lm_B, self.user_BC, self.item_BC, counts.user_impressions_B, counts.user_positives_B,
+            counts.item_impressions_B, counts.item_positives_B, cold, cold,
+        )  # fmt: skip
+
+    def ways(self) -> list[Known]:
+        return [self.known(row_counts(self.dataset, "valid", counting)) for counting in (STATIC, LIVE)]
+
+
+def world(label_of: Callable[..., np.ndarray], *, rows: int = 4000, valid: int = 2000, seed: int = 0) -> World:
+    """Draw rows; `label_of` gives the logits of their labels from users, items, vectors and lm."""
+    rng = np.random.default_rng(seed)
+    user_N, item_N = rng.integers(0, USERS, rows), rng.integers(0, ITEMS, rows)
+    user_UC, item_IC = rng.normal(0, 0.5, (USERS, WIDTH)), rng.normal(0, 0.5, (ITEMS, WIDTH))
+    user_UC[:, -1], item_IC[:, -2] = 1, 1
+    lm_N = rng.normal(0, 1, rows)
+    logit_N = label_of(rng, user_N, item_N, user_UC, item_IC, lm_N)
+    frame = pl.DataFrame(
+        {
+            "user_id": [f"u{one}" for one in user_N],
+            "item_id": [f"m{one}" for one in item_N],
+            "label": pl.Series((rng.random(rows) < 1 / (1 + np.exp(-logit_N))).astype(np.int8)),
+            "timestamp": np.sort(rng.integers(0, 3 * rows, rows)),
+            "weight": pl.Series(np.ones(rows), dtype=pl.Float32),
+        }
+    )
+    part = slice(rows - valid, rows)
+    return World(
+        Dataset(pl.DataFrame(), {"train": frame[: rows - valid], "valid": frame[part]}),
+        lm_N[part],
+        user_UC[user_N[part]].astype(np.float32),
+        item_IC[item_N[part]].astype(np.float32),
+        user_N[part],
+        frame["label"].to_numpy()[part],
+    )
+
+
+def at_random(rng: np.random.Generator, user_N: np.ndarray, *rest: object) -> np.ndarray:
+    return np.zeros(len(user_N))
+
+
+def planted(
+    rng: np.random.Generator,
+    user_N: np.ndarray,
+    item_N: np.ndarray,
+    user_UC: np.ndarray,
+    item_IC: np.ndarray,
+    lm_N: np.ndarray,
+) -> np.ndarray:
+    """The language model's logit with a weight of 0.7, the collaborative prediction with 2."""
+    return 0.7 * lm_N + 2.0 * (user_UC[user_N] * item_IC[item_N]).sum(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_anything_to_learn_no_label_leaks_into_a_cross_fitted_score(seed: int) -> None:
+    """An AUC of 2,000 random labels has a standard error of 0.013."""
+    drawn = world(at_random, seed=seed)
+    scores = cross_fitted(drawn.ways(), drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
+    for scores_B in scores:
+        assert roc_auc_score(drawn.labels_B, scores_B) == pytest.approx(0.5, abs=0.045)
+
+
+@pytest.mark.parametrize(
+    ("delay", "leak"), [(-1.0, "the row's own label"), (-(10.0**9), "the labels of later rows as well")]
+)
+def test_the_test_above_can_see_a_leak(delay: float, leak: str) -> None:
+    drawn = world(at_random)
+    leaking = [drawn.known(row_counts(drawn.dataset, "valid", Counting(live=True, delay=delay)))]
+    [scores_B] = cross_fitted(leaking, drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
+    assert roc_auc_score(drawn.labels_B, scores_B) > 0.6, leak
+
+
+def test_labels_of_a_fold_do_not_reach_its_own_scores() -> None:
+    """With static counts, turning one user's labels round changes other users' scores and none of their own."""
+    drawn = world(planted)
+    rates, [static, _] = fit_rates(drawn.dataset.splits["train"]), drawn.ways()
+    mine_B = drawn.user_B == drawn.user_B[0]
+    turned_B = np.where(mine_B, 1 - drawn.labels_B, drawn.labels_B)
+    [before_B] = cross_fitted([static], drawn.labels_B, drawn.user_B, rates)
+    [after_B] = cross_fitted([static], turned_B, drawn.user_B, rates)
+    np.testing.assert_array_equal(before_B[mine_B], after_B[mine_B])
+    assert (before_B != after_B).mean() > 0.5
+
+
+def test_planted_weights_are_found_and_lie_in_their_intervals() -> None:
+    drawn = world(planted, rows=24_000, valid=20_000)
+    fusion = fit_fusion(drawn.ways(), drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
+    assert fusion.weights["lm"].value == pytest.approx(0.7, abs=0.06)
+    for name in ("user_bias", "item_bias", "taste"):
+        assert fusion.weights[name].value == pytest.approx(2.0, abs=0.25), name
+    for name, weight in fusion.weights.items():
+        assert weight.low <= weight.value <= weight.high, name
+    lm = fusion.weights["lm"]
+    assert lm.low < 0.7 < lm.high and 0.02 < lm.high - lm.low < 0.2
+
+
+def test_intervals_are_those_of_many_fits_on_users_drawn_anew() -> None:
+    drawn = world(planted)
+    rates, ways = fit_rates(drawn.dataset.splits["train"]), drawn.ways()
+    rows_of = [np.flatnonzero(drawn.user_B == user) for user in np.unique(drawn.user_B)]
+    rng = np.random.default_rng(1)
+    fitted = []
+    for _ in range(60):
+        rows = np.concatenate([rows_of[one] for one in rng.integers(0, len(rows_of), len(rows_of))])
+        again = [Known(**{name: value[rows] for name, value in vars(known).items()}) for known in ways]
+        fitted.append(fit_fusion(again, drawn.labels_B[rows], drawn.user_B[rows], rates).weights["lm"].value)
+    low, high = np.percentile(fitted, [2.5, 97.5])
+    lm = fit_fusion(ways, drawn.labels_B, drawn.user_B, rates).weights["lm"]
+    assert (lm.low, lm.high) == pytest.approx((low, high), abs=0.4 * (high - low))
+
+
+def test_no_input_but_the_cold_flags_ever_hurts() -> None:
+    """Labels against every input: the weights stop at zero, and one more positive never lowers a score."""
+    drawn = world(lambda *given: -planted(*given))
+    ways = drawn.ways()
+    fusion = fit_fusion(ways, drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
+    assert tuple(fusion.weights) == tuple(INPUTS)
+    assert all(weight.low >= 0 for name, weight in fusion.weights.items() if name not in SIGNED)
+    assert fusion.weights["lm"].value == 0
+    known = ways[1]
+    liked = replace(known, item_impressions_K=known.item_impressions_K + 1, item_positives_K=known.item_positives_K + 1)
+    assert (fusion.logits(liked) >= fusion.logits(known) - 1e-12).all()
+
+
+def test_rates_raise_the_score_of_what_was_liked_more_often() -> None:
+    def liked(rng: np.random.Generator, user_N: np.ndarray, item_N: np.ndarray, *rest: object) -> np.ndarray:
+        return np.asarray(rng.normal(0, 1.5, ITEMS)[item_N])
+
+    drawn = world(liked)
+    rates = fit_rates(drawn.dataset.splits["train"])
+    known = drawn.ways()[1]
+    fusion = fit_fusion([known], drawn.labels_B, drawn.user_B, rates)
+    more = replace(known, item_impressions_K=known.item_impressions_K + 1, item_positives_K=known.item_positives_K + 1)
+    assert (fusion.logits(more) > fusion.logits(known)).all()
+
+
+def test_the_parts_sum_to_the_logit() -> None:
+    drawn = world(planted)
+    known = drawn.ways()[1]
+    fusion = fit_fusion([known], drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
+    scores_B = fusion(known)
+    logit_B = np.sum([*fusion.parts(known).values()], axis=0)
+    np.testing.assert_allclose(1 / (1 + np.exp(-logit_B)), scores_B, atol=1e-6)
+    assert np.ptp(fusion.parts(known)["lm"]) > 0.5 and np.ptp(fusion.parts(known)["collab"]) > 0.5
+
+
+def test_scores_in_parts_are_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = world(planted)
+    known = drawn.ways()[0]
+    fusion = fit_fusion([known], drawn.labels_B, drawn.user_B, Rates())
+    monkeypatch.setattr("training.fusion.ROWS_AT_ONCE", 300)
+    np.testing.assert_array_equal(scores_of(fusion, known), fusion(known))
+    assert fit_fusion([known], drawn.labels_B, drawn.user_B, Rates()) == fusion
+
+
+@pytest.mark.parametrize(("rows", "positive"), [(2000, 0), (2000, 2000), (2000, 9), (40, 20)])
+def test_too_few_rows_or_one_class_leave_the_mean_of_both_predictions(rows: int, positive: int) -> None:
+    drawn = world(planted)
+    known = Known(**{name: value[:rows] for name, value in vars(drawn.ways()[0]).items()})
+    labels_B = (np.arange(rows) < positive).astype(np.int8)
+    fusion = fit_fusion([known], labels_B, drawn.user_B[:rows], Rates(base=0.5))
+    # At a base rate of 0.5 the log-odds of a prediction p are 4 (p - 0.5) to first order.
+    assert fusion.weights["lm"] == Weight(value=0.5, low=0.5, high=0.5)
+    assert fusion.weights["taste"].value == 2.0 and fusion.weights["item_rate"].value == 0
+    assert fusion.intercept == -1.0
+    [scores_B] = cross_fitted([known], labels_B, drawn.user_B[:rows], Rates(base=0.5))
+    np.testing.assert_allclose(scores_B, fusion(known), atol=1e-6)
+
+
+def test_a_fit_on_few_rows_stays_near_the_model_of_two_weights() -> None:
+    """60 rows cannot tell ten weights apart; without a penalty some of them would run away."""
+    drawn = world(planted)
+    known = [Known(**{name: value[:60] for name, value in vars(one).items()}) for one in drawn.ways()]
+    fusion = fit_fusion(known, drawn.labels_B[:60], drawn.user_B[:60], fit_rates(drawn.dataset.splits["train"]))
+    for name in ("user_bias", "item_bias", "taste"):
+        assert 0.5 < fusion.weights[name].value < 6, name
+
+
+def test_the_base_rate_is_the_weighted_share_and_strengths_are_those_planted() -> None:
+    rng = np.random.default_rng(0)
+    items, rows, strength, base = 3000, 20, 12.0, 0.3
+    liked_I = rng.beta(strength * base, strength * (1 - base), items)
+    item_N = np.repeat(np.arange(items), rows)
+    labels_N = (rng.random(len(item_N)) < liked_I[item_N]).astype(np.int8)
+    frame = pl.DataFrame(
+        {
+            "user_id": rng.integers(0, 3000, len(item_N)).astype(str),
+            "item_id": item_N.astype(str),
+            "label": labels_N,
+            "weight": np.where(labels_N > 0, 2.0, 1.0).astype(np.float32),
+        }
+    )
+    rates = fit_rates(frame)
+    positive = labels_N.sum()
+    assert rates.base == pytest.approx(2 * positive / (len(labels_N) + positive), abs=1e-6)
+    unweighted = fit_rates(frame.with_columns(weight=pl.lit(1.0, dtype=pl.Float32)))
+    assert unweighted.item_strength == pytest.approx(strength, rel=0.15)
+    assert unweighted.user_strength > 150  # users do not differ
+
+
+@pytest.mark.parametrize("labels", [[1], [0, 0], [1, 0, 1]])
+def test_tiny_train_gives_usable_rates(labels: list[int]) -> None:
+    ids = [str(one) for one in range(len(labels))]
+    weight = pl.Series([1.0] * len(labels), dtype=pl.Float32)
+    rates = fit_rates(pl.DataFrame({"user_id": ids, "item_id": ids, "label": labels, "weight": weight}))
+    assert 0 < rates.base < 1
+    # An impression a user says nothing about how users differ.
+    assert (rates.user_strength, rates.item_strength) == pytest.approx((10.0, 5.0), rel=0.01)
+
+
+def test_fusions_are_equal_for_equal_rows() -> None:
+    drawn = world(planted)
+    fitted: list[Fusion] = [
+        fit_fusion(drawn.ways(), drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
+        for _ in range(2)
+    ]
+    assert fitted[0] == fitted[1]

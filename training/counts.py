@@ -1,0 +1,131 @@
+"""What is counted of a row's user and item before the row: impressions with a known outcome, and positives.
+
+Static: the counts of the train split, for every row alike. Live: all rows of all splits that came before the row, as a
+service counts that is told every outcome after a delay. Rows of the same second as the row never count.
+
+Shapes: B rows of a split, N rows that may be counted, E users or items.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from models.features import Tables
+from training.data.dataset import Dataset
+from training.data.errors import DataError
+
+Counted = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Which rows are known at a row: static by default, else live after a delay in seconds."""
+
+    live: bool = False
+    delay: float = 0.0
+
+    def known(self, dataset: Dataset, split: str) -> tuple[list[str], NDArray[np.float64]]:
+        """Return the splits that are counted, and before which moment for each row of `split`, `(B,)`.
+
+        Rows of train itself are counted live always: the counts of all of train hold each row's own label.
+        """
+        times_B = dataset.splits[split]["timestamp"].cast(pl.Float64).to_numpy()
+        if not self.live and split != "train":
+            return [name for name in dataset.splits if name == "train"], np.full(len(times_B), np.inf)
+        # A bundle's counts, which stand in for a train split, hold valid already.
+        splits = [name for name in dataset.splits if "train" in dataset.splits or name != "valid"]
+        return splits, times_B - self.delay
+
+
+STATIC, LIVE = Counting(), Counting(live=True)
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """The counts known at every row of a split, `(B,)` each."""
+
+    user_impressions_B: Counted
+    user_positives_B: Counted
+    item_impressions_B: Counted
+    item_positives_B: Counted
+
+
+def row_counts(dataset: Dataset, split: str, counting: Counting, tables: Tables | None = None) -> RowCounts:
+    """Return the counts known at every row of a split.
+
+    Where the dataset has no train split the counts of a bundle's tables come first, as in the service.
+
+    Raises:
+        DataError: without a train split, these counts hold the labels of valid.
+    """
+    if split == "valid" and "train" not in dataset.splits:
+        raise DataError(
+            "valid: the bundle's counts hold its labels; add train to the folder, so that they are left out"
+        )
+    frame = dataset.splits[split]
+    splits, before_B = counting.known(dataset, split)
+    columns = ["user_id", "item_id", "label", pl.col("timestamp").cast(pl.Float64)]
+    known = pl.concat([frame.select(columns).clear(), *(dataset.splits[name].select(columns) for name in splits)])
+    user, item = (_counts(known, frame, column, before_B) for column in ("user_id", "item_id"))
+    if "train" not in dataset.splits and tables is not None:
+        user = _add(user, _bundle_counts(frame["user_id"], tables.user_ids, tables.user_counts_U2))
+        item = _add(item, _bundle_counts(frame["item_id"], tables.item_ids, tables.item_counts_I2))
+    return RowCounts(*user, *item)
+
+
+def counted_before(
+    key_N: Counted,
+    label_N: NDArray[np.integer],
+    time_N: NDArray[np.float64],
+    key_B: Counted,
+    before_B: NDArray[np.float64],
+) -> tuple[Counted, Counted]:
+    """Return how many of N rows have the key and lie strictly before the moment of each of B, and their positives.
+
+    Keys are not negative.
+    """
+    # One integer orders by key, then by time; times enter by their rank, so that nothing is rounded.
+    times, rank_N = np.unique(time_N, return_inverse=True)
+    place_N = key_N * (len(times) + 1) + rank_N
+    order = np.argsort(place_N, kind="stable")
+    place_N = place_N[order]
+    positives = np.concatenate([[0], np.cumsum(label_N[order], dtype=np.int64)])
+    first_B = np.searchsorted(place_N, key_B * (len(times) + 1))
+    end_B = np.searchsorted(place_N, key_B * (len(times) + 1) + np.searchsorted(times, before_B))
+    return end_B - first_B, positives[end_B] - positives[first_B]
+
+
+def counts_by_id(frame: pl.DataFrame, column: str) -> pl.DataFrame:
+    """Return `impressions` and `positives` of each id of a column."""
+    return frame.group_by(column).agg(
+        impressions=pl.len().cast(pl.Int64), positives=pl.col("label").cast(pl.Int64).sum()
+    )
+
+
+def _counts(
+    known: pl.DataFrame, frame: pl.DataFrame, column: str, before_B: NDArray[np.float64]
+) -> tuple[Counted, Counted]:
+    codes = pl.concat([known[column], frame[column]]).unique(maintain_order=True)
+    code_N, code_B = _places(known[column], codes), _places(frame[column], codes)
+    return counted_before(code_N, known["label"].to_numpy(), known["timestamp"].to_numpy(), code_B, before_B)
+
+
+def _bundle_counts(ids_B: pl.Series, ids: Sequence[str], counts_E2: NDArray[np.integer]) -> tuple[Counted, Counted]:
+    # The last row is that of an id that the bundle does not know.
+    known_E2 = np.concatenate([np.asarray(counts_E2, np.int64), np.zeros((1, 2), np.int64)])
+    found_B2 = known_E2[_places(ids_B, pl.Series(list(ids), dtype=pl.String))]
+    return found_B2[:, 0], found_B2[:, 1]
+
+
+def _add(first: tuple[Counted, Counted], second: tuple[Counted, Counted]) -> tuple[Counted, Counted]:
+    return first[0] + second[0], first[1] + second[1]
+
+
+def _places(values: pl.Series, distinct: pl.Series) -> Counted:
+    """Return for each value its place among the distinct ones; the number of these where it is not among them."""
+    places = pl.DataFrame({"id": distinct, "place": np.arange(len(distinct), dtype=np.int64)})
+    joined = values.alias("id").to_frame().join(places, on="id", how="left", maintain_order="left")
+    return joined["place"].fill_null(len(distinct)).to_numpy()

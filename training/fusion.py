@@ -1,0 +1,258 @@
+"""Fits the fusion: the rates' smoothing from train, the weights from valid.
+
+The weights are those of a logistic regression under bounds (no input but the cold flags may hurt) and a penalty that
+pulls towards a smaller model: one weight for the whole collaborative prediction, one for the language model. Every row
+counts twice, half with static counts and half with live ones, so that one set of weights serves both.
+
+A row that fits the weights must not judge them: `cross_fitted` gives valid's scores under fusions of other users' rows.
+
+Shapes: B rows of valid, N rows of the design (B for each way of counting), J inputs, U users.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+from scipy.optimize import lsq_linear, minimize, minimize_scalar
+from scipy.special import betaln, expit
+
+from models.fusion import INPUTS, SIGNED, Doubles, Floats, Fusion, Known, Rates, Weight, fusion_inputs
+from training.counts import counts_by_id
+
+PENALTY_ROWS = 5.0  # the penalty weighs as much as this many rows
+LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # below these, ten weights would be noise
+FOLDS = 5
+REPLICATES = 300
+ROWS_AT_ONCE = 100_000
+STRENGTHS = (0.5, 200.0)
+NAMES = tuple(INPUTS)
+COLLAB = np.array([INPUTS[name] == "collab" for name in NAMES])
+LM = NAMES.index("lm")
+LOW = np.array([-np.inf if name in SIGNED else 0.0 for name in NAMES])
+
+
+def fit_rates(train: pl.DataFrame) -> Rates:
+    """Return the base rate of train, and the strengths of smoothing that its users and items ask for.
+
+    A strength maximises the beta-binomial likelihood of the counts with the mean at the base rate, under a weak
+    log-normal prior at the default: single impressions say nothing about a strength.
+    """
+    weights, labels = train["weight"].to_numpy().astype(np.float64), train["label"].to_numpy()
+    edge = 1 / (train.height + 2)  # train of one class
+    base = float(np.clip((weights * labels).sum() / weights.sum(), edge, 1 - edge))
+    default = Rates()
+    return Rates(
+        base=base,
+        user_strength=_strength(counts_by_id(train, "user_id"), base, default.user_strength),
+        item_strength=_strength(counts_by_id(train, "item_id"), base, default.item_strength),
+    )
+
+
+def fit_fusion(
+    ways: Sequence[Known], labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates
+) -> Fusion:
+    """Return the fusion of all rows; `ways` is what is known of them by each way of counting.
+
+    Intervals are percentiles over users drawn anew; each replicate takes one Newton step from the fitted weights, under
+    the same bounds, so that hundreds cost less than the fit.
+    """
+    design = _Design.of(ways, labels_B, users_B, rates)
+    fitted = _fit(design, rates)
+    low_J, high_J = _intervals(design, fitted) if fitted.penalised else (fitted.weights_J, fitted.weights_J)
+    rounded = [np.round(one, 6) for one in (fitted.weights_J, low_J, high_J)]
+    return Fusion(
+        rates=rates,
+        intercept=round(fitted.intercept, 6),
+        weights={
+            name: Weight(value=float(value), low=float(low), high=float(high))
+            for name, value, low, high in zip(NAMES, *rounded, strict=True)
+        },
+    )
+
+
+def cross_fitted(
+    ways: Sequence[Known],
+    labels_B: NDArray[np.number],
+    users_B: NDArray[np.integer],
+    rates: Rates,
+    *,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> list[Floats]:
+    """Return each way's scores, `(B,)`, every row's by a fusion that was fitted on the rows of other users."""
+    design = _Design.of(ways, labels_B, users_B, rates)
+    users, code_N = np.unique(design.user_N, return_inverse=True)
+    fold_N = (np.random.default_rng(seed).permutation(len(users)) % folds)[code_N]
+    scores_N = np.empty(len(fold_N))
+    for fold in range(folds):
+        held_N = fold_N == fold
+        scores_N[held_N] = _fit(design.only(~held_N), rates).scores(design.inputs_NJ[held_N])
+    return [one.astype(np.float32) for one in np.split(scores_N, len(ways))]
+
+
+def scores_of(fusion: Fusion, known: Known) -> Floats:
+    """Return the fusion's scores of any number of rows, `(B,)`, in bounded memory."""
+    return np.concatenate([np.zeros(0, np.float32), *(fusion(part) for part in _parts(known))])
+
+
+@dataclass(frozen=True)
+class _Design:
+    """The rows of a fit: each way's rows, one way after the other."""
+
+    inputs_NJ: Doubles
+    labels_N: NDArray[np.bool_]
+    user_N: NDArray[np.integer]
+    weight: float  # of each row
+
+    @classmethod
+    def of(
+        cls, ways: Sequence[Known], labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates
+    ) -> "_Design":
+        columns = [
+            np.stack(list(fusion_inputs(part, rates).values()), axis=1) for known in ways for part in _parts(known)
+        ]
+        inputs_NJ = np.concatenate([np.zeros((0, len(NAMES))), *columns])
+        return cls(inputs_NJ, np.tile(labels_B > 0, len(ways)), np.tile(users_B, len(ways)), 1 / len(ways))
+
+    def only(self, chosen_N: NDArray[np.bool_]) -> "_Design":
+        return _Design(self.inputs_NJ[chosen_N], self.labels_N[chosen_N], self.user_N[chosen_N], self.weight)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are rows enough to fit weights."""
+        positive, rows = self.weight * self.labels_N.sum(), self.weight * len(self.labels_N)
+        return bool(rows >= LEAST_ROWS and min(positive, rows - positive) >= LEAST_OF_A_CLASS)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    intercept: float
+    weights_J: Doubles
+    penalised: "_Penalised | None" = None  # None where nothing was fitted
+
+    def scores(self, inputs_NJ: Doubles) -> Doubles:
+        return np.asarray(expit(self.intercept + inputs_NJ @ self.weights_J))
+
+
+class _Penalised:
+    """A logistic loss over standardised inputs, with its penalty: a function of [intercept, weights]."""
+
+    def __init__(self, inputs_NJ: Doubles, design: _Design, prior_J: Doubles, low_J: Doubles) -> None:
+        self.mean_J = inputs_NJ.mean(axis=0)
+        spread_J = inputs_NJ.std(axis=0)
+        # An input that never varies cannot be told from the intercept: its penalty alone decides.
+        self.spread_J = np.where(spread_J > 1e-9, spread_J, 1.0)
+        self.inputs_NJ = np.column_stack([np.ones(len(inputs_NJ)), (inputs_NJ - self.mean_J) / self.spread_J])
+        self.labels_N, self.weight = design.labels_N, design.weight
+        self.prior = np.concatenate([[0.0], prior_J * self.spread_J])
+        # A row weighs at most 1/4 in the curvature of a logistic loss. The intercept is not penalised.
+        self.penalty = np.concatenate([[0.0], np.full(len(prior_J), PENALTY_ROWS / 4)])
+        self.low = np.concatenate([[-np.inf], low_J])
+
+    def loss(self, weights: Doubles) -> tuple[float, Doubles]:
+        """Return the mean loss and its gradient."""
+        logits_N = self.inputs_NJ @ weights
+        signed_N = np.where(self.labels_N, -logits_N, logits_N)
+        away = weights - self.prior
+        loss = self.weight * np.logaddexp(0, signed_N).sum() + (self.penalty * away**2).sum() / 2
+        gradient = self.weight * (self.inputs_NJ.T @ self.residuals(weights)) + self.penalty * away
+        rows = self.weight * len(logits_N)
+        return float(loss / rows), gradient / rows
+
+    def residuals(self, weights: Doubles) -> Doubles:
+        return np.asarray(expit(self.inputs_NJ @ weights) - self.labels_N)
+
+    def curvature(self, weights: Doubles) -> Doubles:
+        """Return the Hessian of the summed loss and penalty."""
+        chance_N = expit(self.inputs_NJ @ weights)
+        weighted_NJ = self.inputs_NJ * (self.weight * chance_N * (1 - chance_N))[:, None]
+        return np.asarray(weighted_NJ.T @ self.inputs_NJ + np.diag(self.penalty))
+
+    def minimum(self) -> Doubles:
+        bounds = [(None if np.isinf(low) else low, None) for low in self.low]
+        start = np.maximum(self.prior, self.low)
+        options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-8}
+        return np.asarray(minimize(self.loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x)
+
+    def unscaled(self, weights: Doubles) -> tuple[float, Doubles]:
+        """Return the intercept and the weights of the inputs as they are."""
+        weights_J = weights[1:] / self.spread_J
+        return float(weights[0] - weights_J @ self.mean_J), weights_J
+
+
+def _fit(design: _Design, rates: Rates) -> _Fitted:
+    """Fit all weights, pulled towards a model of two; without rows enough return what needs no data."""
+    without_data = _prior(rates)
+    if not design.enough:
+        return without_data
+    two_N2 = np.column_stack([design.inputs_NJ[:, COLLAB].sum(axis=1), design.inputs_NJ[:, LM]])
+    prior_2 = np.array([without_data.weights_J[COLLAB][0], without_data.weights_J[LM]])
+    small = _Penalised(two_N2, design, prior_2, np.zeros(2))
+    _, (collab, lm) = small.unscaled(small.minimum())
+    whole = _Penalised(design.inputs_NJ, design, _two(collab, lm), LOW)
+    return _Fitted(*whole.unscaled(whole.minimum()), whole)
+
+
+def _prior(rates: Rates) -> _Fitted:
+    """Return the fusion that needs no data: the mean of both predictions' log-odds.
+
+    Matrix factorisation predicts the label itself; its log-odds are linearised at the base rate.
+    """
+    slope = 1 / (rates.base * (1 - rates.base))
+    intercept = (np.log(rates.base / (1 - rates.base)) - slope * rates.base) / 2
+    return _Fitted(float(intercept), _two(slope / 2, 0.5))
+
+
+def _two(collab: float, lm: float) -> Doubles:
+    weights_J = np.where(COLLAB, collab, 0.0)
+    weights_J[LM] = lm
+    return weights_J
+
+
+def _intervals(design: _Design, fitted: _Fitted, seed: int = 0) -> tuple[Doubles, Doubles]:
+    """Return the 2.5 % and 97.5 % percentiles of every weight over users drawn anew."""
+    model = fitted.penalised
+    assert model is not None
+    center = np.concatenate([[fitted.intercept + fitted.weights_J @ model.mean_J], fitted.weights_J * model.spread_J])
+    triangle = np.linalg.cholesky(model.curvature(center))
+    _, code_N = np.unique(design.user_N, return_inverse=True)
+    each_NJ = model.inputs_NJ * (model.weight * model.residuals(center))[:, None]
+    gradient_UJ = np.stack([np.bincount(code_N, weights=column) for column in each_NJ.T], axis=1)
+    pull = model.penalty * (center - model.prior)
+    rng = np.random.default_rng(seed)
+    bounds = (model.low - 1e-12, np.full(len(center), np.inf))
+    steps = []
+    for _ in range(REPLICATES):
+        users = len(gradient_UJ)
+        drawn_U = np.bincount(rng.integers(users, size=users), minlength=users)
+        target = triangle.T @ center - solve_triangular(triangle, drawn_U @ gradient_UJ + pull, lower=True)
+        steps.append(lsq_linear(triangle.T, target, bounds, method="bvls").x)
+    weights_RJ = np.maximum(np.array(steps)[:, 1:], model.low[1:]) / model.spread_J
+    low_J, high_J = np.percentile(weights_RJ, [2.5, 97.5], axis=0)
+    return np.minimum(low_J, fitted.weights_J), np.maximum(high_J, fitted.weights_J)
+
+
+def _strength(counts: pl.DataFrame, base: float, default: float) -> float:
+    # Ids of equal counts are one term.
+    distinct = counts.group_by("impressions", "positives").agg(ids=pl.len()).sort("impressions", "positives")
+    hits, ids = distinct["positives"].to_numpy(), distinct["ids"].to_numpy()
+    misses = distinct["impressions"].to_numpy() - hits
+
+    def loss(log_strength: float) -> float:
+        alpha, beta = np.exp(log_strength) * base, np.exp(log_strength) * (1 - base)
+        likelihood = (ids * (betaln(hits + alpha, misses + beta) - betaln(alpha, beta))).sum()
+        return float(((log_strength - np.log(default)) / np.log(10)) ** 2 / 2 - likelihood)
+
+    low, high = np.log(STRENGTHS)
+    return round(float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x)), 6)
+
+
+def _parts(known: Known) -> list[Known]:
+    """Cut rows into parts of `ROWS_AT_ONCE`: the inputs' products take several times the vectors' memory."""
+    return [
+        Known(**{one.name: getattr(known, one.name)[start : start + ROWS_AT_ONCE] for one in fields(known)})
+        for start in range(0, len(known.lm_K), ROWS_AT_ONCE)
+    ]

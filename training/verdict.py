@@ -1,0 +1,93 @@
+"""The verdict: a bundle's `score` on a split beside what a practitioner would try first.
+
+`fit` judges valid by fusions that were fitted on other users' rows; `evaluate` judges the bundle as it is.
+"""
+
+from typing import Any, NamedTuple
+
+from models.features import Floats, Tables
+from models.fusion import Fusion, Rates
+from training.baselines import Boosting, collab_scores, rate_scores
+from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
+from training.data.dataset import Dataset
+from training.data.history import Histories
+from training.evaluate import SCORE, ScoredSplit, judge
+from training.fusion import cross_fitted, fit_fusion, fit_rates, scores_of
+
+WITH_LIVE_COUNTS = "with live counts"  # of fit's report: the same judged with live counts
+
+
+class FittedFusion(NamedTuple):
+    """A fusion fitted on valid, its report, and valid's cross-fitted scores with live counts, `(B,)`."""
+
+    fusion: Fusion
+    report: dict[str, Any]
+    live_B: Floats
+
+
+def judge_bundle(
+    fusion: Fusion,
+    scored: ScoredSplit,
+    dataset: Dataset,
+    histories: Histories,
+    split: str,
+    tables: Tables,
+    counting: Counting,
+) -> dict[str, Any]:
+    """Return the report of a bundle on a split; a scorer that needs what is not there is named in "left out"."""
+    counts = row_counts(dataset, split, counting, tables)
+    boosting = Boosting.fit(dataset, histories, fusion.rates) if "train" in dataset.splits else None
+    scores = {SCORE: scores_of(fusion, scored.known(counts))}
+    scores |= _baselines(scored, dataset, histories, split, counting, counts, fusion.rates, boosting)
+    report = judge(scores, dataset, histories, split, tables) | _circumstances(counting, dataset, boosting)
+    return report | ({"chosen on valid": ["checkpoints", "fusion"]} if split == "valid" else {})
+
+
+def fit_and_judge(
+    scored: ScoredSplit, dataset: Dataset, histories: Histories, tables: Tables, seed: int
+) -> FittedFusion:
+    """Fit the fusion on valid, and judge valid by cross-fitted scores, with static and with live counts."""
+    labels_B = dataset.splits["valid"]["label"].to_numpy()
+    users_B = histories.of_split("valid").user_code
+    rates = fit_rates(dataset.splits["train"])
+    ways = {counting: row_counts(dataset, "valid", counting, tables) for counting in (STATIC, LIVE)}
+    known = [scored.known(counts) for counts in ways.values()]
+    crossed = cross_fitted(known, labels_B, users_B, rates, seed=seed)
+    boosting = Boosting.fit(dataset, histories, rates, seed)
+    reports = []
+    for scores_B, (counting, counts) in zip(crossed, ways.items(), strict=True):
+        scores = {SCORE: scores_B}
+        scores |= _baselines(scored, dataset, histories, "valid", counting, counts, rates, boosting)
+        report = judge(scores, dataset, histories, "valid", tables) | _circumstances(counting, dataset, boosting)
+        # The fusion that judges a row was fitted on other users' rows; the checkpoints were chosen on these.
+        reports.append(report | {"chosen on valid": ["checkpoints"]})
+    static, live = reports
+    return FittedFusion(fit_fusion(known, labels_B, users_B, rates), static | {WITH_LIVE_COUNTS: live}, crossed[1])
+
+
+def _baselines(
+    scored: ScoredSplit,
+    dataset: Dataset,
+    histories: Histories,
+    split: str,
+    counting: Counting,
+    counts: RowCounts,
+    rates: Rates,
+    boosting: Boosting | None,
+) -> dict[str, Floats]:
+    scores = {
+        "raw": scored.raw_B,
+        "collab": collab_scores(scored.user_BC, scored.item_BC),
+        "rates": rate_scores(rates, counts),
+    }
+    if boosting is not None:
+        scores["boosting"] = boosting.scores(dataset, histories, split, counting, counts)
+    return scores
+
+
+def _circumstances(counting: Counting, dataset: Dataset, boosting: Boosting | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"live": counting.live, "delay": counting.delay}
+    if boosting is None:
+        reason = "train has one class alone" if "train" in dataset.splits else "the data folder has no train split"
+        found["left out"] = {"boosting": reason}
+    return found
