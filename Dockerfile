@@ -35,6 +35,18 @@ COPY training training
 COPY service service
 RUN pip install --no-deps --force-reinstall .
 
+# The weights of the demo's language model: no container fetches any. The stand-in `tiny` has none. Readable by the
+# images' user, whatever the rights of the files that the command writes.
+FROM build-cpu AS backbone
+ARG DEMO_BACKBONE=smollm2-135m
+# The versions are in the constraints.
+# hadolint ignore=DL3013
+RUN mkdir /opt/backbones \
+    && if [ "${DEMO_BACKBONE}" != tiny ]; then \
+    PIP_CONSTRAINT=constraints.txt pip install '.[gguf]' \
+    && sella-train backbone "${DEMO_BACKBONE}" --out "/opt/backbones/${DEMO_BACKBONE}"; fi \
+    && chmod -R a+rX /opt/backbones
+
 FROM ${PYTHON_IMAGE} AS runtime
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="sella" \
@@ -46,6 +58,7 @@ LABEL org.opencontainers.image.title="sella" \
 RUN groupadd --gid 10001 sella \
     && useradd --uid 10001 --gid sella --no-create-home --home-dir /var/lib/sella --shell /usr/sbin/nologin sella \
     && install --directory --owner sella --group sella --mode 0750 /bundles /keys /var/lib/sella
+COPY --from=backbone /opt/backbones /opt/backbones
 # All that is written goes to /var/lib/sella and /tmp: the rest of the file system may be read-only.
 ENV PATH=/opt/sella/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -25,7 +25,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-# Train the tiny bundle on made-up data, serve it, rank once, and go on serving; ONCE=1 stops after the request.
+# Train a bundle on drawn clicks on real films, serve it, rank once, evaluate, and go on serving; ONCE=1 stops there.
+# DEMO_BACKBONE=tiny needs no weights.
 demo: $(VENV)/.installed
 	@$(BIN)/python deploy/demo.py $(if $(ONCE),--once)
 

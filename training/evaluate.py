@@ -154,8 +154,9 @@ def judge(
 ) -> dict[str, Any]:
     """Return AUC, UAUC, log-loss and calibration error of `score`, and of every other scorer beside it.
 
-    `score` is judged on all rows, on warm and on cold rows, and on those whose history has at least two titles. Warm:
-    user and item both have training data in the bundle. "score minus" has its paired differences to the others.
+    `score` is judged on all rows, on warm and on cold rows, on those of new items and on those whose history has at
+    least two titles. Warm: user and item both have training data in the bundle. New items: the item has none, whoever
+    the user is. "score minus" has its paired differences to the others.
     """
     labels_B = dataset.splits[split]["label"].to_numpy()
     rows = histories.of_split(split)
@@ -163,7 +164,8 @@ def judge(
     warm_B = ~cold_user_B & ~cold_item_B
     measured, differences = compare_scores(scores, SCORE, labels_B, rows.user_code, replicates=replicates)
     report: dict[str, Any] = {"all": {"rows": len(labels_B), **_as_dict(measured.pop(SCORE))}}
-    for name, chosen in {"warm": warm_B, "cold": ~warm_B, "history": rows.length >= 2}.items():
+    parts = {"warm": warm_B, "cold": ~warm_B, "new items": cold_item_B, "history": rows.length >= 2}
+    for name, chosen in parts.items():
         report[name] = {"rows": int(chosen.sum())}
         if chosen.any():
             report[name] |= _as_dict(

@@ -40,7 +40,7 @@ class Composed:
             lambda found: variables.get(found[1], found[2]),
             (ROOT / "docker-compose.yml").read_text(),
         )
-        self.file: dict[str, Any] = yaml.safe_load(text)
+        self.file: dict[str, Any] = yaml.safe_load(text.replace("$$", "$"))
         self.services: dict[str, dict[str, Any]] = self.file["services"]
         self.folder = folder
         # host:port inside the compose network -> host:port here

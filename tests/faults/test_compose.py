@@ -1,6 +1,7 @@
 """What docker-compose.yml starts, started without containers; so it cannot drift from what works."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,34 @@ def test_the_one_shots_change_nothing_the_second_time(running: Composed) -> None
 def test_a_bundle_that_is_not_there_is_named_and_no_demo_is_put_in_its_place(tmp_path: Path) -> None:
     done = Composed(tmp_path, {"BUNDLE": "mine"}).run("bundle")
     assert done.returncode == 1 and "no bundle" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "backbone"), [({}, "/opt/backbones/smollm2-135m"), ({"DEMO_BACKBONE": "tiny"}, "tiny")]
+)
+def test_the_demo_is_trained_on_the_weights_that_the_image_got_when_it_was_built(
+    tmp_path: Path, variables: dict[str, str], backbone: str
+) -> None:
+    composed = Composed(tmp_path, variables)
+    # Training takes minutes: a program of its name notes its arguments.
+    note = tmp_path / "sella-train"
+    note.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
+    note.chmod(0o755)
+    [script] = composed.services["bundle"]["command"]
+    script = composed.place("bundle", script)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([*composed.services["bundle"]["entrypoint"], script], env=environment, check=True, timeout=30)
+    bundles = tmp_path / "bundles"
+    assert (tmp_path / "ran").read_text().splitlines() == [
+        f"prepare films --out {bundles}/demo.films",
+        f"fit --data {bundles}/demo.films --backbone {backbone} --config demo --out {bundles}/demo --resume",
+    ]
+    # Both images are made from the stage `runtime`.
+    runtime = (ROOT / "Dockerfile").read_text().partition(" AS runtime\n")[2].partition("\nFROM ")[0]
+    assert "\nCOPY --from=backbone /opt/backbones /opt/backbones\n" in runtime
+    assert '--out "/opt/backbones/${DEMO_BACKBONE}"' in dockerfile("backbone")["RUN"]
+    for service in ("bundle", "sella", "sella-gpu"):
+        assert composed.services[service]["build"]["args"]["DEMO_BACKBONE"] == Path(backbone).name
 
 
 def test_grafanas_files_are_where_they_are_mounted(composed: Composed) -> None:

@@ -64,7 +64,7 @@ def learned(
 ) -> tuple[Examples, Collab]:
     """Stage 2 on planted data, with semantic vectors that tell the genre as a language model's would."""
     examples = examples_of(draw_tables(planted))
-    genres_IG = torch.nn.functional.one_hot(torch.from_numpy(plant(planted).genre_I)).float()
+    genres_IG = torch.from_numpy(plant(planted).trait_IT).float()
     noise_IG = torch.randn(genres_IG.shape, generator=torch.Generator().manual_seed(0))
     schedule = {"epochs": 15, "learning_rate": 0.01, "batch_targets": 512, "evaluations_per_epoch": 1}
     run = new_run(tmp_path_factory.mktemp("align"), align={"d_collab": 16, "d_hidden": 16, "schedule": schedule})

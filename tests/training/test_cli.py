@@ -179,7 +179,7 @@ def test_evaluate_prints_the_documented_json_and_nothing_else(trained: Trained) 
     result = sella_train("evaluate", "--bundle", trained.bundle, "--data", trained.data, "--split", "test", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    groups = {name: report.pop(name) for name in ("all", "warm", "cold", "history")}
+    groups = {name: report.pop(name) for name in ("all", "warm", "cold", "new items", "history")}
     assert set(report) == {"scorers", "score minus", "live", "delay"} and report["live"] is False
     assert list(report["scorers"]) == list(report["score minus"]) == ["raw", "collab", "rates", "boosting"]
     for part in report["scorers"].values():

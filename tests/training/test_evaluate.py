@@ -135,7 +135,10 @@ def test_warm_means_user_and_item_both_in_train(trained: Trained, scorer: Scorer
     scores_B, labels_B = np.random.default_rng(0).random(len(warm_B)).astype(np.float32), test["label"].to_numpy()
     report = judge({"score": scores_B}, whole, build_histories(whole), "test", scorer.tables, replicates=20)
     long_B = np.array([len(build_histories(whole).history("test", row)) > 1 for row in range(len(warm_B))])
-    groups = {"all": np.full_like(warm_B, True), "warm": warm_B, "cold": ~warm_B, "history": long_B}
+    new_B = ~test["item_id"].is_in(seen_items).to_numpy()
+    assert 5 < new_B.sum() < (~warm_B).sum()
+    groups = {"all": np.full_like(warm_B, True), "warm": warm_B, "cold": ~warm_B}
+    groups |= {"new items": new_B, "history": long_B}
     assert list(report) == [*groups, "scorers", "score minus"]
     for name, chosen in groups.items():
         assert report[name]["rows"] == chosen.sum()

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any, TypeVar
 
+import numpy as np
 import typer
 from pydantic import ValidationError
 from rich.console import Console
@@ -14,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from training.data.amazon import Halves, prepare_amazon
 from training.data.errors import DataError, first_problem
+from training.data.films import FilmsConfig, draw_film_tables, on_new_films, planted_film_probability, popularity
 from training.data.folder import write_folder
 from training.data.movielens import prepare_movielens
 from training.data.raw import OpenRaw
@@ -24,6 +26,7 @@ app = typer.Typer(name="prepare", help="Turn raw or made-up data into a data fol
 
 Out = Annotated[Path, typer.Option("--out", help="Data folder to write.", file_okay=False)]
 DEMO = SyntheticConfig()
+FILMS = FilmsConfig()
 
 
 @app.command()
@@ -76,17 +79,16 @@ def synthetic(
 ) -> None:
     """A made-up catalogue with planted tastes, popularity, cold users and cold items."""
     with _problems_in_one_line():
-        try:
-            config = SyntheticConfig(
-                users=users,
-                items=items,
-                train_rows=train_rows,
-                valid_rows=valid_rows,
-                test_rows=test_rows,
-                seed=seed,
-            )
-        except ValidationError as error:
-            raise DataError(f"synthetic: {first_problem(error)}") from None
+        config = _checked(
+            SyntheticConfig,
+            "synthetic",
+            users=users,
+            items=items,
+            train_rows=train_rows,
+            valid_rows=valid_rows,
+            test_rows=test_rows,
+            seed=seed,
+        )
         tables = draw_tables(config)
         write_folder(out, tables)
     _print_report(describe(tables), out)
@@ -96,6 +98,55 @@ def synthetic(
             continue
         best = roc_auc_score(rows["label"].to_numpy(), planted_probability(config, rows))
         typer.echo(f"AUC of the planted probabilities on {split}, the best to expect: {best:.4f}")
+
+
+@app.command()
+def films(
+    out: Out,
+    users: Annotated[int, typer.Option(help="Users, new ones included.")] = FILMS.users,
+    train_rows: Annotated[int, typer.Option(help="Rows of train.")] = FILMS.train_rows,
+    valid_rows: Annotated[int, typer.Option(help="Rows of valid.")] = FILMS.valid_rows,
+    test_rows: Annotated[int, typer.Option(help="Rows of test.")] = FILMS.test_rows,
+    seed: Annotated[int, typer.Option(help="Another seed: other people, other new films.")] = FILMS.seed,
+) -> None:
+    """Real film titles, people with planted tastes of genres, new films and new people: the demo's data."""
+    with _problems_in_one_line():
+        config = _checked(
+            FilmsConfig,
+            "films",
+            users=users,
+            train_rows=train_rows,
+            valid_rows=valid_rows,
+            test_rows=test_rows,
+            seed=seed,
+        )
+        tables = draw_film_tables(config)
+        write_folder(out, tables)
+    _print_report(describe(tables), out)
+    for split in ("valid", "test"):
+        rows = tables[split]
+        labels, best, new = rows["label"].to_numpy(), planted_film_probability(config, rows), on_new_films(config, rows)
+        typer.echo(
+            f"AUC on {split}: planted probabilities {_auc(labels, best)}, the best to expect; on the {new.sum():,} rows"
+            f" of new films {_auc(labels[new], best[new])}; popularity alone"
+            f" {_auc(labels, popularity(tables['train'], rows))}"
+        )
+
+
+Sizes = TypeVar("Sizes", bound=SyntheticConfig)
+
+
+def _checked(kind: type[Sizes], command: str, **sizes: Any) -> Sizes:
+    """Return a configuration; its first problem becomes the one line of an error."""
+    try:
+        return kind(**sizes)
+    except ValidationError as error:
+        raise DataError(f"{command}: {first_problem(error)}") from None
+
+
+def _auc(labels: np.ndarray, scores: np.ndarray) -> str:
+    """Return an AUC as text; a dash where the labels are all alike."""
+    return f"{roc_auc_score(labels, scores):.4f}" if len(np.unique(labels)) == 2 else "–"
 
 
 @contextmanager

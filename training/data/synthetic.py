@@ -4,10 +4,12 @@ Users and items belong to taste clusters (genres). A click is a coin thrown with
 
     p(user, item) = sigmoid(taste[user, genre[item]] + appeal[item] + leniency[user] + offset)
 
+`films.py` draws its clicks here too, with tastes of other traits than one genre an item.
+
 so that the best possible AUC is known, popularity alone reaches part of it, and an item's title, made of its genre's
 words, tells of a cold item what its clicks cannot.
 
-Shapes: U users, I items, G genres, B rows. Warm users and items come before cold ones.
+Shapes: U users, I items, G genres, T traits, B rows. Warm users and items come before cold ones.
 """
 
 from dataclasses import dataclass
@@ -28,8 +30,6 @@ Floats = NDArray[np.float64]
 # 2023-01-01T00:00:00Z: any fixed moment would do.
 FIRST_SECOND = 1_672_531_200
 SECONDS_A_DAY = 86_400
-# New releases are shown more than the old stock, or the cold rows of a small data set would be too few to measure.
-RELEASE_BOOST = 1.5
 
 
 class SyntheticConfig(BaseModel):
@@ -47,6 +47,8 @@ class SyntheticConfig(BaseModel):
     # Shares that appear in valid and test only.
     cold_users: float = Field(default=0.1, ge=0, le=0.5)
     cold_items: float = Field(default=0.1, ge=0, le=0.5)
+    # New releases are shown more than the old stock, or the cold rows of a small data set would be too few to measure.
+    release_boost: float = Field(default=1.5, gt=0)
     # Spreads in logits. Taste outweighs the rest, so that a method without it is clearly worse.
     taste: float = Field(default=2.6, ge=0)
     appeal: float = Field(default=0.9, ge=0)
@@ -85,20 +87,26 @@ class SyntheticConfig(BaseModel):
 
 @dataclass(frozen=True)
 class World:
-    """What is planted: the truth behind the clicks."""
+    """What is planted: the truth behind the clicks.
+
+    Attributes:
+        trait_IT: how much of each trait an item has; in the synthetic catalogue 1 for its genre and 0 elsewhere.
+        taste_UT: what a user makes of each trait, in logits.
+    """
 
     user_ids: list[str]
     item_ids: list[str]
     titles: list[str]
-    genre_I: NDArray[np.int64]
-    taste_UG: Floats
+    trait_IT: Floats
+    taste_UT: Floats
     appeal_I: Floats
     leniency_U: Floats
     offset: float
 
     def probability(self, user: NDArray[np.int64], item: NDArray[np.int64]) -> Floats:
         """Return the planted probability of a click for pairs of indices, broadcast against each other."""
-        logit = self.taste_UG[user, self.genre_I[item]] + self.appeal_I[item] + self.leniency_U[user]
+        taste = (self.taste_UT[user] * self.trait_IT[item]).sum(axis=-1)
+        logit = taste + self.appeal_I[item] + self.leniency_U[user]
         return np.asarray(1 / (1 + np.exp(-(logit + self.offset))))
 
 
@@ -114,11 +122,11 @@ def plant(config: SyntheticConfig) -> World:
     )
     taste_UG = config.taste * (taste_UG - taste_UG.mean(axis=1, keepdims=True))
     return World(
-        user_ids=_numbered("u", config.users),
-        item_ids=_numbered("m", config.items),
+        user_ids=numbered("u", config.users),
+        item_ids=numbered("m", config.items),
         titles=invent_titles(genre_I, rng),
-        genre_I=genre_I,
-        taste_UG=taste_UG,
+        trait_IT=np.eye(config.genres)[genre_I],
+        taste_UT=taste_UG,
         appeal_I=rng.normal(0, config.appeal, config.items),
         leniency_U=rng.normal(0, config.leniency, config.users),
         offset=config.offset,
@@ -130,10 +138,15 @@ def planted_probability(config: SyntheticConfig, rows: pl.DataFrame) -> Floats:
 
     No method can expect a better AUC than these reach.
     """
-    world = plant(config)
-    user = np.array([int(user_id[1:]) for user_id in rows["user_id"]]) - 1
-    item = np.array([int(item_id[1:]) for item_id in rows["item_id"]]) - 1
-    return world.probability(user, item)
+    return plant(config).probability(*indices(rows))
+
+
+def indices(rows: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the indices of the users and of the items of rows: [B] each."""
+    user, item = (
+        np.array([int(one[1:]) for one in rows[column]], dtype=np.int64) - 1 for column in ("user_id", "item_id")
+    )
+    return user, item
 
 
 def write_synthetic(out: Path, config: SyntheticConfig) -> None:
@@ -149,15 +162,16 @@ def draw_tables(config: SyntheticConfig) -> dict[str, pl.DataFrame]:
     """Return items, train, valid and test; the same for the same configuration."""
     world = plant(config)
     items = pl.DataFrame({"item_id": world.item_ids, "title": world.titles})
-    return {"items": items, **_draw_splits(config, world)}
+    return {"items": items, **draw_splits(config, world)}
 
 
-def _draw_splits(config: SyntheticConfig, world: World) -> dict[str, pl.DataFrame]:
+def draw_splits(config: SyntheticConfig, world: World) -> dict[str, pl.DataFrame]:
+    """Return train, valid and test: clicks drawn with a world's probabilities, in time order."""
     rng = np.random.default_rng([config.seed, 1])
     activity_U = rng.lognormal(0, 0.6, config.users)
     # What is liked is also shown more, and some of it for no reason: exposure is a hint, not the answer.
     exposure_I = 0.8 * world.appeal_I / max(config.appeal, 1e-9) + rng.normal(0, 0.5, config.items)
-    exposure_I[config.warm_items :] += np.log(RELEASE_BOOST)
+    exposure_I[config.warm_items :] += np.log(config.release_boost)
     seen_UI = np.zeros((config.users, config.items), dtype=bool)
     start = FIRST_SECOND
     splits = {}
@@ -171,11 +185,19 @@ def _draw_splits(config: SyntheticConfig, world: World) -> dict[str, pl.DataFram
                 "user_id": np.array(world.user_ids)[user],
                 "item_id": np.array(world.item_ids)[item],
                 "label": label.astype(np.int8),
-                "timestamp": rng.integers(start, end, len(user)),
+                "timestamp": _draw_moments(start, end, user, rng),
             }
         ).sort("timestamp", maintain_order=True)
         start = end
     return splits
+
+
+def _draw_moments(start: int, end: int, user: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return a second for each row, [B]; no user has two rows in one second, so that the order of a user is sure."""
+    moment = rng.integers(start, end, len(user))
+    while (shared := pl.DataFrame({"user": user, "moment": moment}).is_duplicated().to_numpy()).any():
+        moment[shared] = rng.integers(start, end, int(shared.sum()))
+    return moment
 
 
 def _draw_pairs(
@@ -206,6 +228,7 @@ def _share_rows(
     return count_U
 
 
-def _numbered(prefix: str, count: int) -> list[str]:
+def numbered(prefix: str, count: int) -> list[str]:
+    """Return ids from 1 on, all as long as the last: u001 to u300."""
     width = len(str(count))
     return [f"{prefix}{number:0{width}d}" for number in range(1, count + 1)]

@@ -1,10 +1,13 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
+from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner, Result
 
 from training.data.dataset import load_dataset
+from training.data.films import FilmsConfig, planted_film_probability
 from training.data.prepare import app
 
 
@@ -21,6 +24,27 @@ def test_synthetic_writes_a_folder_and_prints_its_sizes(tmp_path: Path) -> None:
     assert "40 items in the catalogue" in " ".join(result.stdout.split())
     assert "200" in result.stdout
     assert "AUC of the planted probabilities on valid, the best to expect: 0." in result.stdout
+
+
+def test_films_writes_a_folder_and_prints_what_can_be_reached_on_new_films(tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    sizes = ["--users", 60, "--train-rows", 1500, "--valid-rows", 300, "--test-rows", 300]
+    result = run("films", "--out", out, *sizes, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    dataset = load_dataset(out)
+    assert [frame.height for frame in dataset.splits.values()] == [1500, 300, 300]
+    test = dataset.splits["test"]
+    new = test.join(dataset.splits["train"], on="item_id", how="anti").height
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("AUC on test")]
+    found = re.search(
+        r"planted probabilities (0\.\d+), .* on the (\d+) rows of new films 0\.\d+; popularity alone 0", line
+    )
+    assert found is not None and int(found[2]) <= new
+    best = roc_auc_score(
+        test["label"].to_numpy(),
+        planted_film_probability(FilmsConfig(users=60, train_rows=1500, valid_rows=300, test_rows=300, seed=3), test),
+    )
+    assert float(found[1]) == pytest.approx(best, abs=1e-4)
 
 
 def test_movielens_reports_what_was_dropped(tmp_path: Path) -> None:
@@ -48,6 +72,7 @@ def test_amazon_takes_its_rules_from_the_options(tmp_path: Path) -> None:
     [
         (("movielens", "nowhere"), "error: nowhere/ratings.dat: no such file; unpack the raw data set there"),
         (("synthetic", "--users", 1), "error: synthetic: users: Input should be greater than or equal to 2"),
+        (("films", "--users", 5), "error: films: train_rows 16000 exceed half of"),
         (("synthetic", "--users", 5), "error: synthetic: train_rows 12000 exceed half of"),
         (("amazon", "--reviews", "r", "--metadata", "m"), "error: r: no such file; unpack the raw data set there"),
     ],

@@ -80,8 +80,8 @@ def test_cold_users_and_items_appear_only_in_valid_and_test(dataset: Dataset) ->
 
 def test_taste_orders_the_genres_of_a_user_and_says_nothing_of_how_easily_one_is_pleased() -> None:
     world = plant(CONFIG)
-    np.testing.assert_allclose(world.taste_UG.mean(axis=1), 0, atol=1e-12)
-    assert (world.taste_UG.max(axis=1) > 1).all()
+    np.testing.assert_allclose(world.taste_UT.mean(axis=1), 0, atol=1e-12)
+    assert (world.taste_UT.max(axis=1) > 1).all()
 
 
 def test_labels_are_thrown_with_the_planted_probability(dataset: Dataset) -> None:
@@ -108,7 +108,7 @@ def test_titles_are_unique_and_no_word_stands_in_two_genres(dataset: Dataset) ->
     assert dataset.titles_cleaned == 0
     words = [word for genre in GENRES for word in (*genre.adjectives, *genre.nouns)]
     assert len(words) == len(set(words))
-    assert genre_by_words(dataset.items["title"]) == plant(CONFIG).genre_I.tolist()
+    assert genre_by_words(dataset.items["title"]) == plant(CONFIG).trait_IT.argmax(axis=1).tolist()
 
 
 def test_a_seed_gives_the_same_tables_and_another_seed_others() -> None:

@@ -1,0 +1,146 @@
+"""Real films and drawn clicks: the demo's data, which a language model that knows films can predict.
+
+Titles, years and genres are facts (`films.csv`); the people and their clicks are drawn. A click is a coin thrown with
+the probability of `synthetic.py`, in which the tastes are of genres and of eras:
+
+    p(user, film) = sigmoid(taste[user] . traits[film] + appeal[film] + leniency[user] + offset)
+
+The title that training reads holds the year and not the genre ("The Matrix (1999)"): the genre of a film that nobody
+has clicked is known to a model that knows the film, and to no other. Appeal is drawn and stands in no title.
+
+Shapes: U users, I films, G genres, E eras, T = G + E traits, B rows. Warm users and films come before new ones.
+"""
+
+from functools import cache
+from importlib import resources
+from typing import Self
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from training.data.synthetic import Floats, SyntheticConfig, World, draw_splits, indices, numbered
+
+# On a ring: who likes a genre likes its neighbours, and dislikes the genres across. Such tastes are told by a dozen
+# clicks, and clicks on one genre tell of others, as people's do.
+GENRES = (
+    *("Action", "War", "Western", "Crime", "Drama", "Romance"),
+    *("Musical", "Comedy", "Animation", "Fantasy", "Science Fiction", "Horror"),
+)
+# First years of the eras after the first: sound to colour, New Hollywood, the blockbuster, digital film.
+ERA_STARTS = (1965, 1985, 2000)
+# What a second genre takes of a film's first.
+SECOND_GENRE = 0.3
+
+
+@cache
+def read_films() -> pl.DataFrame:
+    """Return the films that come with sella: `title` (without the year), `year`, `genres` (one or two)."""
+    file = resources.files("training") / "data" / "films.csv"
+    films = pl.read_csv(file.read_bytes(), schema={"title": pl.String, "year": pl.Int64, "genres": pl.String})
+    return films.with_columns(pl.col("genres").str.split("|"))
+
+
+class FilmsConfig(SyntheticConfig):
+    """Sizes and strengths of the demo: about 16,000 rows that train in minutes; `items` films of the catalogue."""
+
+    users: int = Field(default=500, ge=2)
+    items: int = Field(default_factory=lambda: read_films().height, ge=2)
+    train_rows: int = Field(default=16_000, ge=1)
+    genres: int = Field(default=len(GENRES), ge=2)
+    # A few hundred rows of new films in valid and in test: enough to tell 0.60 from chance.
+    cold_items: float = Field(default=0.13, ge=0, le=0.5)
+    release_boost: float = Field(default=2.0, gt=0)
+    # Taste outweighs the rest: appeal is in no title, and popularity alone ranks poorly.
+    taste: float = Field(default=2.2, ge=0)
+    era: float = Field(default=0.4, ge=0)
+    appeal: float = Field(default=0.6, ge=0)
+    leniency: float = Field(default=0.4, ge=0)
+    offset: float = -0.3
+
+    @model_validator(mode="after")
+    def _films_are_there(self) -> Self:
+        """Check that the catalogue has so many films and genres."""
+        if self.items > read_films().height:
+            raise ValueError(f"items {self.items} exceed the {read_films().height} films of the catalogue; lower them")
+        if self.genres != len(GENRES):
+            raise ValueError(f"genres {self.genres} are not the {len(GENRES)} of the catalogue; leave them out")
+        return self
+
+
+def draw_film_tables(config: FilmsConfig) -> dict[str, pl.DataFrame]:
+    """Return items, train, valid and test; the same for the same configuration.
+
+    `items` has `genre` beside `item_id` and `title`, for people to read: training ignores it.
+    """
+    films, world = _shuffled(config), plant_films(config)
+    genre = films["genres"].list.join(", ")
+    items = pl.DataFrame({"item_id": world.item_ids, "title": world.titles, "genre": genre})
+    return {"items": items, **draw_splits(config, world)}
+
+
+def plant_films(config: FilmsConfig) -> World:
+    """Return the world of a configuration; the same for the same configuration."""
+    films = _shuffled(config)
+    rng = np.random.default_rng([config.seed, 0])
+    return World(
+        user_ids=numbered("u", config.users),
+        item_ids=numbered("m", config.items),
+        titles=(films["title"] + " (" + films["year"].cast(pl.String) + ")").to_list(),
+        trait_IT=_traits(films),
+        taste_UT=np.hstack([config.taste * _genre_tastes(config, rng), config.era * _era_tastes(config, rng)]),
+        appeal_I=rng.normal(0, config.appeal, config.items),
+        leniency_U=rng.normal(0, config.leniency, config.users),
+        offset=config.offset,
+    )
+
+
+def planted_film_probability(config: FilmsConfig, rows: pl.DataFrame) -> Floats:
+    """Return the planted probability of a click for rows with `user_id` and `item_id`: [B]."""
+    return plant_films(config).probability(*indices(rows))
+
+
+def popularity(train: pl.DataFrame, rows: pl.DataFrame) -> Floats:
+    """Return for each row the share of positives of its film in train, drawn to one half by four clicks: [B]."""
+    rates = train.group_by("item_id").agg(((pl.col("label").sum() + 2) / (pl.len() + 4)).alias("rate"))
+    return rows.join(rates, on="item_id", how="left", maintain_order="left")["rate"].fill_null(0.5).to_numpy()
+
+
+def on_new_films(config: FilmsConfig, rows: pl.DataFrame) -> NDArray[np.bool_]:
+    """Return which rows are of a film that nobody has clicked in train: [B]."""
+    _, item = indices(rows)
+    return item >= config.warm_items
+
+
+def _shuffled(config: FilmsConfig) -> pl.DataFrame:
+    """Return the films in the order of their ids: any film may be a new one, whatever its genre and year."""
+    order = np.random.default_rng([config.seed, 2]).permutation(read_films().height)
+    return read_films()[order[: config.items]]
+
+
+def _traits(films: pl.DataFrame) -> Floats:
+    """Return how much of each genre and era each film has: [I, T]."""
+    place = {name: number for number, name in enumerate(GENRES)}
+    genre_IG = np.zeros((films.height, len(place)))
+    for film, (first, *second) in enumerate(films["genres"]):
+        genre_IG[film, place[first]] = 1 - SECOND_GENRE * len(second)
+        for name in second:
+            genre_IG[film, place[name]] = SECOND_GENRE
+    era_I = np.searchsorted(ERA_STARTS, films["year"].to_numpy(), side="right")
+    return np.hstack([genre_IG, np.eye(len(ERA_STARTS) + 1)[era_I]])
+
+
+def _genre_tastes(config: FilmsConfig, rng: np.random.Generator) -> Floats:
+    """Return each user's taste of each genre, [U, G]: two or three neighbours are liked, those across disliked."""
+    genre_G = 2 * np.pi * np.arange(config.genres) / config.genres
+    user_U1 = rng.uniform(0, 2 * np.pi, (config.users, 1))
+    taste_UG = np.cos(genre_G - user_U1) + rng.normal(0, 0.25, (config.users, config.genres))
+    # How easily a user is pleased at all is leniency, not taste.
+    return np.asarray(taste_UG - taste_UG.mean(axis=1, keepdims=True))
+
+
+def _era_tastes(config: FilmsConfig, rng: np.random.Generator) -> Floats:
+    """Return each user's taste of each era, [U, E]: one is preferred."""
+    eras = len(ERA_STARTS) + 1
+    return np.asarray(np.eye(eras)[rng.integers(0, eras, config.users)] - 1 / eras)
