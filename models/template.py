@@ -3,7 +3,8 @@
 A prompt is three segments. The **instruction** is constant. The **user segment** is the history and the words up to
 the candidate. The **candidate segment** is everything that depends on the candidate, and comes last, so that many
 candidates can share one pass over what precedes them. Each segment is tokenized alone and the prompt is the
-concatenation of their ids, in training and in serving alike.
+concatenation of their ids, in training and in serving alike. What the tokenizer puts before a text of its own (a BOS
+token) begins the instruction.
 
 Deviations from the figures: list entries and titles stand on lines of their own, so that a title has the same tokens in
 the history and as the target; an answer cue ending in a newline follows, so that Yes and No carry no leading space.
@@ -33,7 +34,7 @@ class TemplateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     noun: str = Field("movie", min_length=1, max_length=40, description="what an item is called")
-    plural: str = Field("movies", min_length=1, max_length=40)
+    plural: str = Field("movies", min_length=1, max_length=40, description="what several items are called")
     max_history: int = Field(10, ge=0, le=200, description="the paper's window: the last ten liked items")
     window: Literal["sliding", "anchored"] = Field(
         "anchored",
@@ -79,13 +80,16 @@ class Template:
         list_name = f"{noun[:1].upper()}{noun[1:]}List"
         target = f"Target {noun[:1].upper()}{noun[1:]}"
         self._newline = self._words("\n")
+        lead = Segment(encoder.lead)
         self._instructions = {
-            PromptKind.ADAPT: self._words(
+            PromptKind.ADAPT: lead
+            + self._words(
                 f"A user has given high ratings to the following {plural}. Given the {noun} list and a target {noun}'s"
                 f" title. Please identify whether the user would like the target {noun} by answering 'Yes.' or 'No.'\n"
                 f"{list_name}:\n"
             ),
-            PromptKind.PROJECT: self._words(
+            PromptKind.PROJECT: lead
+            + self._words(
                 f"A user has given high ratings to the following {plural}. Given the {noun} list, the user's feature"
                 f" and a target {noun}'s feature and title. Please use all available information to identify whether"
                 f" the user would like the target {noun} by answering 'Yes.' or 'No.'\n{list_name}:\n"
@@ -104,7 +108,7 @@ class Template:
             PromptKind.PROJECT: slot[SlotKind.ITEM] + slot[SlotKind.WARM] + self._words(f"\n{target}:\n"),
         }
         self._answer_cue = self._words("\nAnswer:\n")
-        self._distil_head = self._words(f"{noun[:1].upper()}{noun[1:]}: ")
+        self._distil_head = lead + self._words(f"{noun[:1].upper()}{noun[1:]}: ")
 
     def instruction(self, kind: PromptKind) -> Segment:
         """Return the constant first segment."""

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from models.backbone import Backbone, load_backbone
 from models.bundle import BackboneEntry, Dimensions, FileEntry, Manifest, merged_id, write_bundle
+from models.definition import Definition
 from models.loading import Bundle
 from models.projection import Projections
 from models.template import TemplateConfig
@@ -74,7 +75,7 @@ def tiny_bundle(
     def fill(folder: Path) -> None:
         backbone = tiny_backbone(seed, d_model)
         backbone.save(folder / "backbone")
-        base_id = load_backbone(folder / "backbone").weights_id()
+        base_id = Definition.read(folder / "backbone").identify(load_backbone(folder / "backbone").weights_id())
         _write_adapter(backbone, folder / "adapter", seed)
         _write_tables(folder, size, rest, d_model)
         _write_projection(folder, backbone.embedding_norm(), rest, d_model)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.assembly import Assembler
-from models.backbone import DTYPES, Backbone, load_backbone, load_merged
+from models.backbone import DTYPES, Backbone, load_merged
 from models.bundle import (
     BackboneEntry,
     BundleError,
@@ -29,11 +29,11 @@ from models.bundle import (
     write_bundle,
 )
 from models.features import Tables
-from models.loading import Calibration
-from models.probe import probe
+from models.loading import BACKBONE, Calibration
 from models.projection import Projections
 from models.scoring_model import ScoringModel
 from models.template import Template
+from training.backbones import Base, made_by_the_run, opened_before_the_run
 from training.data.dataset import Dataset
 from training.data.history import Histories, build_histories
 from training.evaluate import Scorer, cold_rows, fit_calibration, judge, score_split
@@ -45,16 +45,13 @@ from training.stages.align import Collab, align
 from training.stages.pretrain import pretrain
 from training.stages.project import initial_projections, project
 
-TINY = "tiny"
-
 
 @dataclass(frozen=True)
 class Prepared:
     """What stands before stage 2: the adapted language model and the data as examples."""
 
-    source: str | Path
+    base: Base
     adapter: Path
-    base_id: str
     backbone: Backbone
     examples: Examples
     semantic_ID: Tensor
@@ -65,16 +62,19 @@ def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -
 
     Raises:
         BundleError: something else is already at `out`.
+        BackboneError, TokenizerError: the backbone cannot be used; the run folder is not claimed then.
         RunError: the run folder holds another run.
     """
     if out.exists() and not (resume and run.claimed):
         raise BundleError(f"{out} already exists; choose another path or remove it")
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
+    run.require_free(resume=resume)
+    base = None if out.exists() else opened_before_the_run(run, backbone)
     run.claim(_identity(run, dataset, backbone), resume=resume)
     if out.exists():
         return dict(verify(out).metrics)
     histories = build_histories(dataset)
-    prepared = prepare(run, dataset, histories, backbone)
+    prepared = prepare(run, dataset, histories, base)
     collab = align(run, prepared.examples, prepared.semantic_ID)
     tables, projections, report = _projected(run, prepared, collab)
     if run.is_main:
@@ -87,18 +87,19 @@ def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -
     return report
 
 
-def prepare(run: Run, dataset: Dataset, histories: Histories, backbone: str) -> Prepared:
-    """Take or make the backbone, train its adapter, merge the two, and distil every item."""
-    source: str | Path = pretrain(run, dataset, histories) if backbone == TINY else backbone
-    base = load_backbone(source, device=str(run.device))
-    base_id = base.weights_id()
-    longest = run.config.template.history_tokens + 128
-    run.say(f"backbone {backbone}: packed scores equal its own to {probe(base, longest):.1g} logits")
+def prepare(run: Run, dataset: Dataset, histories: Histories, base: Base | None) -> Prepared:
+    """Take the opened backbone, or make `tiny`; train its adapter, merge the two, and distil every item.
+
+    Raises:
+        RunError: the run that is resumed began with another backbone.
+    """
+    base = base or made_by_the_run(run, pretrain(run, dataset, histories))
+    run.pin("backbone", {"id": base.id, "revision": base.source.revision})
+    source = base.source.folder
     examples = Examples(dataset, histories, Template(run.config.template, base.encoder))
-    del base
     adapter = adapt(run, examples, source)
     merged = load_merged(source, adapter, dtype=DTYPES[run.config.dtype], device=str(run.device))
-    return Prepared(source, adapter, base_id, merged, examples, distil_items(run, examples, merged))
+    return Prepared(base, adapter, merged, examples, distil_items(run, examples, merged))
 
 
 def _projected(run: Run, prepared: Prepared, collab: Collab) -> tuple[dict[str, Tensor], Projections, dict[str, Any]]:
@@ -166,13 +167,14 @@ def _write(
     report: dict[str, Any],
     raw_B: np.ndarray,
 ) -> None:
-    tables, config = scorer.tables, run.config
-    inside = prepared.source == run.folder / "backbone"
+    tables, config, base = scorer.tables, run.config, prepared.base
 
     def fill(folder: Path) -> None:
         copy_tree(prepared.adapter, folder / "adapter")
-        if inside:
-            copy_tree(run.folder / "backbone", folder / "backbone")
+        if base.source.name == BACKBONE:
+            copy_tree(base.source.folder, folder / BACKBONE)
+        else:
+            base.definition.write(folder / BACKBONE)
         _write_tables(folder, tables)
         save_file(projections.cpu().state_dict(), folder / "projection.safetensors")
         (folder / "calibration.json").write_text(calibration.model_dump_json(indent=2) + "\n")
@@ -183,9 +185,10 @@ def _write(
         return Manifest(
             created_by=f"sella {version('sella')}",
             backbone=BackboneEntry(
-                source="backbone" if inside else str(prepared.source),
-                base_id=prepared.base_id,
-                merged_id=merged_id(prepared.base_id, prepared.adapter, config.dtype),
+                source=base.source.name,
+                revision=base.source.revision,
+                base_id=base.id,
+                merged_id=merged_id(base.id, prepared.adapter, config.dtype),
                 dtype=config.dtype,
                 parameters=prepared.backbone.parameters,
                 yes_id=answers.yes,

@@ -12,12 +12,13 @@ import numpy as np
 
 from models.loading import Bundle
 from models.template import PromptKind, Template
+from training.backbones import TINY, opened_before_the_run
 from training.config import Config
 from training.data.dataset import Dataset
 from training.data.history import build_histories
 from training.examples import Examples, Targets
 from training.metrics import auc, paired_difference
-from training.pipeline import TINY, Prepared, fit, prepare
+from training.pipeline import Prepared, fit, prepare
 from training.run import Run, read_tensors
 from training.stages.align import Collab, align
 from training.stages.project import SlotForward, SlotTables, folded_users, initial_projections
@@ -32,7 +33,9 @@ def alignment_study(run: Run, dataset: Dataset, backbone: str, seeds: int) -> Va
     projection; "neither": stage 2 without InfoNCE, and a random projection. Stage 1 is trained once.
     """
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
-    prepared = prepare(run, dataset, build_histories(dataset), backbone)
+    base = opened_before_the_run(run, backbone)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(run, dataset, build_histories(dataset), base)
     valid = prepared.examples.targets("valid", run.config.max_targets)
     reached: Variants = {"aligned, warm projection": [], "aligned": [], "neither": []}
     for seed in range(seeds):

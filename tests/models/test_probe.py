@@ -18,6 +18,7 @@ from transformers import (
 
 from models.backbone import Backbone, BackboneError
 from models.probe import probe
+from models.template import Template, TemplateConfig
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
 SIZES = {
@@ -37,41 +38,45 @@ def backbone_of(model: PreTrainedModel) -> Backbone:
     return backbone
 
 
+def probed(backbone: Backbone, **template: int) -> float:
+    return probe(backbone, Template(TemplateConfig(**template), backbone.encoder))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 
 
 def test_plain_causal_architectures_pass() -> None:
-    assert probe(tiny_backbone()) < 1e-4
-    assert probe(backbone_of(LlamaForCausalLM(LlamaConfig(**SIZES)))) < 1e-3
-    assert probe(backbone_of(Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)))) < 1e-3
+    assert probed(tiny_backbone()) < 1e-4
+    assert probed(backbone_of(LlamaForCausalLM(LlamaConfig(**SIZES)))) < 1e-3
+    assert probed(backbone_of(Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)))) < 1e-3
 
 
 def test_architectures_whose_last_layer_cannot_be_trimmed_pass() -> None:
-    config = GPT2Config(vocab_size=420, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3)
-    assert probe(backbone_of(GPT2LMHeadModel(config))) < 1e-3
+    config = GPT2Config(vocab_size=420, n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.3)
+    assert probed(backbone_of(GPT2LMHeadModel(config))) < 1e-3
 
 
 def test_a_soft_cap_on_the_attention_is_refused() -> None:
     config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=5.0)
     with pytest.raises(BackboneError, match="softcap"):
-        probe(backbone_of(Gemma2ForCausalLM(config)))
+        probed(backbone_of(Gemma2ForCausalLM(config)))
 
 
 def test_a_sliding_window_shorter_than_a_prompt_is_refused() -> None:
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))
     with pytest.raises(BackboneError, match="exceeds the attention window of 16"):
-        probe(backbone_of(model))
+        probed(backbone_of(model))
 
 
 def test_alibi_is_refused() -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=420, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
     with pytest.raises(BackboneError, match="BloomForCausalLM"):
-        probe(backbone_of(model))
+        probed(backbone_of(model))
 
 
 def test_a_soft_cap_on_the_logits_is_refused() -> None:
     config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=1.0, attn_logit_softcapping=None)
     with pytest.raises(BackboneError, match="Gemma2ForCausalLM"):
-        probe(backbone_of(Gemma2ForCausalLM(config)))
+        probed(backbone_of(Gemma2ForCausalLM(config)))
