@@ -4,8 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, snapshot_download
 
 from models.backbone import BackboneError, first_line
 
@@ -57,6 +56,12 @@ def hub_snapshot(hub_id: str, revision: str | None = None, *, offline: bool = Fa
     Raises:
         BackboneError: the hub cannot be reached and there is no copy, or the repository has no safetensors.
     """
+    refused: Exception | None = None
+    if not offline:
+        try:  # one question: for a commit that is not here, snapshot_download retries for half a minute
+            HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_S)
+        except Exception as error:  # of the HTTP library that this version of huggingface_hub is built on
+            refused, offline = error, True
     try:
         found = snapshot_download(
             hub_id,
@@ -65,10 +70,10 @@ def hub_snapshot(hub_id: str, revision: str | None = None, *, offline: bool = Fa
             etag_timeout=HUB_TIMEOUT_S,
             local_files_only=offline,
         )
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise BackboneError(
-            f"backbone {hub_id}: no such file or folder, and the hub did not give it ({first_line(error)}); check the"
-            " name and the network, or give a folder or a GGUF file"
+            f"backbone {hub_id}: no such file or folder, and the hub did not give it ({first_line(refused or error)});"
+            " check the name and the network, or give a folder or a GGUF file"
         ) from error
     folder = Path(str(found))
     if not list(folder.glob("*.safetensors")):

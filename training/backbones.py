@@ -75,10 +75,8 @@ def open_base(run: Run, source: Source) -> Base:
     return Base(source, definition.identify(backbone.weights_id()), definition, backbone.encoder)
 
 
-def opened_before_the_run(run: Run, given: str) -> Base | None:
-    """Find and open a backbone before the run folder is claimed; None for `tiny`, which the run itself makes."""
-    if given == TINY:
-        return None
+def opened_before_the_run(run: Run, given: str) -> Base:
+    """Find and open a backbone before the run folder is claimed."""
     with run.accelerator.main_process_first():  # one process fetches and converts
         source = find_backbone(given)
     return open_base(run, source)

@@ -68,11 +68,6 @@ def fit(
             chosen = chosen.model_copy(update={"seed": seed})
         chosen = chosen.calling_items(noun, plural)
         run = new_run(out.with_name(f"{out.name}.run"), chosen)
-        if "noun" not in chosen.template.model_fields_set:
-            run.say(
-                f'items are called "{chosen.template.noun}" in the prompt, since neither --noun nor template.noun names'
-                " them; for other items give for example --noun book"
-            )
         report = fit_bundle(run, read_data(data, positive_above, split_by), backbone, out, resume=resume)
         if run.is_main:
             show_stages(run.console, report)

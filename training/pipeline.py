@@ -33,7 +33,7 @@ from models.loading import BACKBONE, Calibration
 from models.projection import Projections
 from models.scoring_model import ScoringModel
 from models.template import Template
-from training.backbones import Base, made_by_the_run, opened_before_the_run
+from training.backbones import TINY, Base, made_by_the_run, opened_before_the_run
 from training.data.dataset import Dataset
 from training.data.history import Histories, build_histories
 from training.evaluate import Scorer, cold_rows, fit_calibration, judge, score_split
@@ -69,8 +69,9 @@ def fit(run: Run, dataset: Dataset, backbone: str, out: Path, *, resume: bool) -
         raise BundleError(f"{out} already exists; choose another path or remove it")
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
     run.require_free(resume=resume)
-    base = None if out.exists() else opened_before_the_run(run, backbone)
+    base = None if backbone == TINY or out.exists() else opened_before_the_run(run, backbone)
     run.claim(_identity(run, dataset, backbone), resume=resume)
+    _say_what_items_are_called(run)
     if out.exists():
         return dict(verify(out).metrics)
     histories = build_histories(dataset)
@@ -100,6 +101,15 @@ def prepare(run: Run, dataset: Dataset, histories: Histories, base: Base | None)
     adapter = adapt(run, examples, source)
     merged = load_merged(source, adapter, dtype=DTYPES[run.config.dtype], device=str(run.device))
     return Prepared(base, adapter, merged, examples, distil_items(run, examples, merged))
+
+
+def _say_what_items_are_called(run: Run) -> None:
+    template = run.config.template
+    if "noun" not in template.model_fields_set:
+        run.say(
+            f'items are called "{template.noun}" in the prompt, since neither --noun nor template.noun names them; for'
+            " other items give for example --noun book"
+        )
 
 
 def _projected(run: Run, prepared: Prepared, collab: Collab) -> tuple[dict[str, Tensor], Projections, dict[str, Any]]:

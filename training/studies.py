@@ -33,7 +33,7 @@ def alignment_study(run: Run, dataset: Dataset, backbone: str, seeds: int) -> Va
     projection; "neither": stage 2 without InfoNCE, and a random projection. Stage 1 is trained once.
     """
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
-    base = opened_before_the_run(run, backbone)
+    base = None if backbone == TINY else opened_before_the_run(run, backbone)
     run.folder.mkdir(parents=True, exist_ok=True)
     prepared = prepare(run, dataset, build_histories(dataset), base)
     valid = prepared.examples.targets("valid", run.config.max_targets)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -19,7 +21,7 @@ from transformers import (
 from models.backbone import Backbone, BackboneError
 from models.probe import probe
 from models.template import Template, TemplateConfig
-from tests.tiny import tiny_backbone, tiny_tokenizer
+from tests.tiny import tiny_backbone, tiny_tokenizer, tokenizer_with_bos
 
 SIZES = {
     "vocab_size": 420,
@@ -66,8 +68,38 @@ def test_a_soft_cap_on_the_attention_is_refused() -> None:
 
 def test_a_sliding_window_shorter_than_a_prompt_is_refused() -> None:
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))
-    with pytest.raises(BackboneError, match="exceeds the attention window of 16"):
+    with pytest.raises(
+        BackboneError,
+        match=r"its sliding_window is 16 and the longest prompt takes [0-9]+ tokens; choose another backbone",
+    ):
         probed(backbone_of(model))
+
+
+def test_a_window_is_refused_with_the_history_that_would_fit() -> None:
+    config = LlamaConfig(**SIZES, max_position_embeddings=700)
+    with pytest.raises(BackboneError, match="max_position_embeddings is 700 and the longest prompt takes") as refused:
+        probed(backbone_of(LlamaForCausalLM(config)))
+    [fitting] = re.findall(r"set template\.history_tokens to (\d+) or less", str(refused.value))
+    probed(backbone_of(LlamaForCausalLM(config)), history_tokens=int(fitting))
+    with pytest.raises(BackboneError, match="max_position_embeddings is 700"):
+        probed(backbone_of(LlamaForCausalLM(config)), history_tokens=int(fitting) + 1)
+    smaller = backbone_of(LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=280)))
+    with pytest.raises(
+        BackboneError, match=r"history_tokens to 0 and template\.title_tokens to \d+ or less"
+    ) as refused:
+        probed(smaller)
+    [fitting] = re.findall(r"title_tokens to (\d+) or less", str(refused.value))
+    probed(smaller, history_tokens=0, title_tokens=int(fitting))
+
+
+def test_a_bos_token_that_the_prompt_lacks_is_found() -> None:
+    backbone = Backbone(LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 421})), tokenizer_with_bos())
+    backbone.freeze()
+    assert backbone.encoder.lead == (backbone.tokenizer.bos_token_id,)
+    assert probed(backbone) < 1e-3
+    backbone.encoder.lead = ()
+    with pytest.raises(BackboneError, match="differ from the model's own"):
+        probed(backbone)
 
 
 def test_alibi_is_refused() -> None:
