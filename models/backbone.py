@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from models.definition import CONFIG, TOKENIZER, Definition
 from models.tokens import AnswerTokens, TextEncoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,10 +31,14 @@ class BackboneError(ValueError):
 class Backbone:
     """A causal LM used as a scorer: embeddings in, last hidden states out, two rows of the head."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """`config` holds the fields of config.json as they were read; without it they are the model's own."""
         # transformers' and peft's decorators hide their own signatures, so the model is typed as what it is here.
         self.model: Any = model
         self._has_lora = False
+        self._config = dict(config or json.loads(model.config.to_json_string()))
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
         self.answers: AnswerTokens = self.encoder.answers()
@@ -162,8 +171,16 @@ class Backbone:
         self.causal_lm.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
+    def definition(self) -> Definition:
+        """Return tokenizer and configuration as files; the configuration as it was read, key by key."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self.tokenizer.save_pretrained(scratch)
+            saved = Definition.read(Path(scratch))
+        config = {key: value for key, value in self._config.items() if key != "_name_or_path"}
+        return Definition({**saved.files, CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()})
+
     def weights_id(self) -> str:
-        """Return a hash of the weights as they are in memory, dtype and all: what equal scores depend on."""
+        """Return a hash of the weights as they are in memory, dtype and all."""
         digest = hashlib.sha256(str(self.dtype).encode())
         for name, tensor in sorted(self.causal_lm.state_dict().items()):
             digest.update(name.encode())
@@ -171,18 +188,35 @@ class Backbone:
         return digest.hexdigest()
 
 
-def load_backbone(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backbone:
+def load_backbone(
+    source: str | Path, *, definition: Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Backbone:
     """Load a causal LM and its fast tokenizer from a local path or a hub id, in fp32 or bf16.
 
+    `definition` is a folder whose tokenizer and config.json take the place of the source's own.
+
     Raises:
-        BackboneError: nothing loadable there, or its answers are not single tokens.
+        BackboneError: nothing loadable there.
+        TokenizerError: its answers are not single tokens.
     """
+    described = definition or source
     try:
-        tokenizer = load_tokenizer(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(f"backbone {source}: {error}") from error
-    backbone = Backbone(model.to(device), tokenizer)
+        tokenizer = load_tokenizer(described)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            config=AutoConfig.from_pretrained(str(described)),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise BackboneError(f"backbone {source}: {first_line(error)}") from error
+    model, loaded = found
+    if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers, under a warning
+        raise BackboneError(f"backbone {source}: its files lack {len(missing)} tensors, among them {missing[0]}")
+    config = Path(described) / CONFIG
+    fields = json.loads(config.read_text()) if config.is_file() else None
+    backbone = Backbone(model.to(device), tokenizer, fields)
     backbone.freeze()
     return backbone
 
@@ -204,9 +238,17 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
     A local tokenizer.json is taken as it is: `AutoTokenizer` with model_type qwen2 replaces a custom pre-tokenizer
     with Qwen2's own, silently.
+
+    Raises:
+        BackboneError: its tokenizer.json cannot be read.
+        OSError, ValueError: there is no tokenizer.
     """
-    if (Path(source) / "tokenizer.json").is_file():
-        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(source))
+    file = Path(source) / TOKENIZER
+    if file.is_file():
+        try:
+            loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(source))
+        except Exception as error:  # tokenizers raises the bare class for a file that it cannot read
+            raise BackboneError(f"{file}: not a tokenizer: {first_line(error)}") from error
         return loaded
     auto: Any = AutoTokenizer.from_pretrained(str(source))
     return cast(PreTrainedTokenizerFast, auto)
@@ -215,3 +257,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that take gradients."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, for an error of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -38,8 +38,12 @@ class FileEntry(_Frozen):
 class BackboneEntry(_Frozen):
     """Which language model, and how its weights are used."""
 
-    source: str = Field(description='hub id or path; "backbone" for one inside the bundle')
-    base_id: str = Field(description="hash of the base weights in fp32")
+    source: str = Field(
+        description='where its weights are: "backbone" for the bundle, a hub id, an absolute path, or "cache:" and the'
+        " name of a folder in sella's cache of converted backbones"
+    )
+    revision: str | None = Field(None, description="commit of the hub's repository; none for other sources")
+    base_id: str = Field(description="hash of the base weights in fp32, the tokenizer and config.json")
     merged_id: str = Field(description="identity of base, adapter and dtype: bundles that share it share one loaded LM")
     dtype: Literal["float32", "bfloat16"]
     parameters: int = Field(gt=0, description="weights, from which the memory that loading takes is told beforehand")

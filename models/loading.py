@@ -16,15 +16,18 @@ from models.assembly import Assembler
 from models.backbone import DTYPES, Backbone, load_backbone, load_tokenizer
 from models.bundle import BundleError, Manifest, merged_id, verify
 from models.cold import TextMap, UserPrior
+from models.definition import Definition
 from models.features import Floats, Tables
 from models.fusion import Fusion
 from models.probe import probe
 from models.projection import Projections
 from models.scoring_model import CACHE_BYTES, ScoringModel
+from models.sources import weights_folder
 from models.template import Template, window_start
 from models.tokens import TextEncoder
 
 PROJECTION = "projection.safetensors"
+BACKBONE = "backbone"  # the folder of the tokenizer and config.json, and of the weights if the bundle holds them
 FP8 = "fp8"
 PRECISIONS = (*DTYPES, FP8)
 
@@ -107,16 +110,17 @@ class Bundle:
             BackboneError: it cannot be loaded or fails the probe.
         """
         entry = self.manifest.backbone
-        source = self._backbone_source
-        backbone = load_backbone(source, dtype=torch.float32, device=device)
-        base_id = backbone.weights_id()
+        own = self.folder / BACKBONE
+        source = own if entry.source == BACKBONE else weights_folder(entry.source, entry.revision)
+        backbone = load_backbone(source, definition=own, dtype=torch.float32, device=device)
+        base_id = Definition.read(own).identify(backbone.weights_id())
         if base_id != entry.base_id or merged_id(base_id, self.folder / "adapter", entry.dtype) != entry.merged_id:
             raise BundleError(f"backbone {source}: its weights are not those the bundle was trained on")
         backbone.load_lora(self.folder / "adapter")
         backbone.merge_lora(DTYPES[dtype or entry.dtype])
         if (backbone.answers.yes, backbone.answers.no) != (entry.yes_id, entry.no_id):
             raise BundleError(f"backbone {source}: its tokenizer has other ids for Yes and No")
-        probe(backbone)
+        probe(backbone, Template(self.manifest.template, backbone.encoder))
         return backbone
 
     def projections(self) -> Projections:
@@ -168,16 +172,11 @@ class Bundle:
 
     def encoder(self) -> TextEncoder:
         """Load the tokenizer alone: all that assembling prompts needs of the language model."""
-        return TextEncoder(load_tokenizer(self._backbone_source))
+        return TextEncoder(load_tokenizer(self.folder / BACKBONE))
 
     def assembler(self, encoder: TextEncoder, tables: Tables) -> Assembler:
         """Return the assembler of this bundle's prompts and vectors."""
         return Assembler(Template(self.manifest.template, encoder), tables.prior)
-
-    @property
-    def _backbone_source(self) -> str | Path:
-        source = self.manifest.backbone.source
-        return self.folder / "backbone" if source == "backbone" else source
 
 
 def _map_tensors(path: Path) -> dict[str, Floats]:

@@ -2,8 +2,11 @@
 
 Two-row logits ignore caps and scales that some architectures put on their final logits; packed prompts are exact for
 plain causal attention with explicit positions, not for sliding windows, ALiBi and the like. Rather than keep a list of
-architectures, each loaded backbone is compared with its own full forward, and refused where they differ.
+architectures, each loaded backbone is compared with its own full forward, and refused where they differ. Both sides get
+a real prompt: an architecture may score as sella does on random ids and differ on text, or without its BOS token.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,31 +16,39 @@ from models.packs import Branch, Pack
 from models.prompt_tree import TreeModel, lay_out
 from models.segments import Segment
 
-# Longer than any prompt the template makes by default, so that a sliding window shorter than a prompt shows.
-TRUNK_TOKENS = 96
-BRANCH_TOKENS = (5, 17, 11)
+if TYPE_CHECKING:  # scoring alone needs no pydantic, on which the template's configuration is built
+    from models.template import Template
+
+HISTORY_TOKENS = 96
+TITLES = ("The Copper Lighthouse (1987)", "Nine Letters from Étretat (2003)", "Up (2009)", "A Winter's Debt, Part 2")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 @torch.no_grad()
-def probe(backbone: Backbone, trunk_tokens: int = TRUNK_TOKENS) -> float:
-    """Compare packed two-row logits with the model's own forward; return the largest difference, in logits.
+def probe(backbone: Backbone, template: "Template", history_tokens: int = HISTORY_TOKENS) -> float:
+    """Compare packed two-row logits with the model's own forward on a prompt whose history has `history_tokens`.
+
+    The model's own forward begins as the tokenizer begins a text. Returns the largest difference, in logits.
 
     Raises:
-        BackboneError: they differ beyond rounding; sella cannot score with this architecture.
+        BackboneError: they differ beyond rounding, or the longest prompt does not fit into the architecture's window.
     """
     kind = type(backbone.causal_lm).__name__
-    pack = _random_pack(backbone, trunk_tokens)
+    check_window(backbone, template)
+    pack = _pack(template, history_tokens)
     try:
         tree = TreeModel(backbone).logits(lay_out([pack, pack]).to(backbone.device)).tolist()
         packed = _packed_logits(backbone, pack)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise BackboneError(
             f"{kind}: it does not take embeddings with positions and an attention function: {error}"
         ) from error
+    lead = tuple(backbone.tokenizer("A").input_ids[: -len(backbone.encoder.encode("A"))])
+    text = pack.trunk.token_ids[len(backbone.encoder.lead) :]
     worst = 0.0
     for branch, *ours in zip(pack.branches * 2, tree, packed * 2, strict=True):
-        prompt = pack.trunk.token_ids[: branch.attach] + branch.segment.token_ids
+        kept = branch.attach - len(backbone.encoder.lead)
+        prompt = lead + text[:kept] + branch.segment.token_ids
         logits = backbone.causal_lm(torch.tensor([prompt], device=backbone.device), use_cache=False).logits[0, -1]
         own = float(logits[backbone.answers.yes].float() - logits[backbone.answers.no].float())
         worst = max(worst, *(abs(own - one) for one in ours))
@@ -50,6 +61,49 @@ def probe(backbone: Backbone, trunk_tokens: int = TRUNK_TOKENS) -> float:
     return worst
 
 
+def check_window(backbone: Backbone, template: "Template") -> None:
+    """Refuse an architecture that the longest prompt does not fit into.
+
+    Raises:
+        BackboneError: with the setting that would make it fit.
+    """
+    config = backbone.causal_lm.config.get_text_config()
+    longest, kind = longest_prompt(template), type(backbone.causal_lm).__name__
+    for name in ("max_position_embeddings", "sliding_window"):
+        window = getattr(config, name, None)
+        if window is None or longest <= window:
+            continue
+        history = longest_history(template) - (longest - window)
+        title = template.config.title_tokens + history
+        remedy = "choose another backbone"
+        if history >= 0:
+            remedy = f"set template.history_tokens to {history} or less, or {remedy}"
+        elif title >= 1:
+            remedy = f"set template.history_tokens to 0 and template.title_tokens to {title} or less, or {remedy}"
+        raise BackboneError(f"{kind}: its {name} is {window} and the longest prompt takes {longest} tokens; {remedy}")
+
+
+def longest_prompt(template: "Template") -> int:
+    """Return the tokens of the longest prompt that the template's caps allow."""
+    from models.template import PromptKind, Title
+
+    title = Title((0,) * template.config.title_tokens)
+    return longest_history(template) + max(
+        len(template.instruction(kind))
+        + max(len(template.user_tail(kind, empty_history=empty)) for empty in (False, True))
+        + len(template.candidate(kind, title))
+        for kind in PromptKind
+    )
+
+
+def longest_history(template: "Template") -> int:
+    """Return the tokens of the longest history that the template's caps allow."""
+    from models.template import Title
+
+    line = template.history_item(Title((0,) * template.config.title_tokens))
+    return min(template.config.history_tokens, template.config.max_history * len(line))
+
+
 def _packed_logits(backbone: Backbone, pack: Pack) -> list[float]:
     """Return what `models.packed` makes of each branch, the trunk cut where the branch attaches."""
     parts = [Part(Segment(pack.trunk.token_ids[: one.attach]), (one.segment,)) for one in pack.branches]
@@ -59,13 +113,19 @@ def _packed_logits(backbone: Backbone, pack: Pack) -> list[float]:
     return logits
 
 
-def _random_pack(backbone: Backbone, trunk_tokens: int) -> Pack:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = backbone.causal_lm.get_input_embeddings().num_embeddings
+def _pack(template: "Template", history_tokens: int) -> Pack:
+    """Return stage 1's prompt for two candidates, and for a third behind half of the history."""
+    from models.template import PromptKind
 
-    def segment(length: int) -> Segment:
-        return Segment(tuple(torch.randint(vocabulary, (length,), generator=generator).tolist()))
-
-    attach = (trunk_tokens, trunk_tokens, trunk_tokens // 2)
-    branches = tuple(Branch(at, segment(n)) for at, n in zip(attach, BRANCH_TOKENS, strict=True))
-    return Pack(segment(trunk_tokens), branches)
+    kind = PromptKind.ADAPT
+    titles = template.titles(TITLES)
+    history: list[Segment] = []
+    while sum(map(len, history)) < history_tokens:
+        history.append(template.history_item(titles[len(history) % len(titles)]))
+    trunk = template.instruction(kind)
+    half = len(trunk)
+    for place, line in enumerate(history):
+        trunk = trunk + line
+        half = len(trunk) if place < len(history) // 2 else half
+    attached = ((len(trunk), titles[0]), (len(trunk), titles[1]), (half, titles[2]))
+    return Pack(trunk, tuple(Branch(at, template.candidate(kind, title)) for at, title in attached))

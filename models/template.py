@@ -3,7 +3,8 @@
 A prompt is three segments. The **instruction** is constant. The **user segment** is the history and the words up to
 the candidate. The **candidate segment** is everything that depends on the candidate, and comes last, so that many
 candidates can share one pass over what precedes them. Each segment is tokenized alone and the prompt is the
-concatenation of their ids, in training and in serving alike.
+concatenation of their ids, in training and in serving alike. What the tokenizer puts before a text of its own (a BOS
+token) begins the instruction.
 
 Two styles. `paper` has the figures' words. `compact`, the default, says the same in a fifth of the words: a small
 language model learns more in as many steps (docs/results.md), and a step costs less.
@@ -37,7 +38,7 @@ class TemplateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     noun: str = Field("movie", min_length=1, max_length=40, description="what an item is called")
-    plural: str = Field("movies", min_length=1, max_length=40)
+    plural: str = Field("movies", min_length=1, max_length=40, description="what several items are called")
     style: Literal["compact", "paper"] = Field("compact", description="paper: the words of the paper's figures")
     max_history: int = Field(10, ge=0, le=200, description="the paper's window: the last ten liked items")
     window: Literal["sliding", "anchored"] = Field(
@@ -145,12 +146,13 @@ class Template:
                 segment = segment + (slot[piece] if piece in slot else self._words(piece) if piece else Segment(()))
             return segment
 
-        self._instructions = {kind: compiled(one.instruction) for kind, one in words.items()}
+        lead = Segment(encoder.lead)
+        self._instructions = {kind: lead + compiled(one.instruction) for kind, one in words.items()}
         self._no_history = self._words(f"No {config.plural} yet.\n")
         self._user_tails = {kind: compiled(one.user_tail) for kind, one in words.items()}
         self._candidate_heads = {kind: compiled(one.candidate) for kind, one in words.items()}
         self._answer_cues = {kind: compiled(one.cue) for kind, one in words.items()}
-        self._distil_head = self._words(f"{_capital(config.noun)}: ")
+        self._distil_head = lead + self._words(f"{_capital(config.noun)}: ")
 
     def instruction(self, kind: PromptKind) -> Segment:
         """Return the constant first segment."""

@@ -1,7 +1,9 @@
 """Tokenizing data text and the two answers."""
 
+import hashlib
 import json
 from dataclasses import dataclass
+from itertools import takewhile
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +26,8 @@ class TextEncoder:
 
     A title that spells `<unk>`, `<User_ID>`, `<|im_end|>` or `<tool_call>` is plain text. `split_special_tokens`
     is not enough: it still maps added non-special tokens (`<tool_call>`) to one id. So the added vocabulary and
-    the post-processor (which would add a leading BOS) are left out of a copy of the tokenizer.
+    the post-processor are left out of a copy of the tokenizer. What the post-processor puts before a text, a BOS token
+    with most that have one, is kept as `lead`: a prompt begins with it once, its segments do not.
 
     Raises:
         TokenizerError: the tokenizer has no fast implementation to copy.
@@ -38,7 +41,10 @@ class TextEncoder:
         definition["post_processor"] = None
         definition["truncation"] = None
         definition["padding"] = None
-        self._plain = Tokenizer.from_str(json.dumps(definition))
+        described = json.dumps(definition, sort_keys=True)
+        self._plain = Tokenizer.from_str(described)
+        self.lead = leading_ids(tokenizer)
+        self.fingerprint = hashlib.sha256(f"{self.lead}{described}".encode()).hexdigest()  # equal ids for equal text
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of one text."""
@@ -61,3 +67,10 @@ class TextEncoder:
         if len(ids) != 1:
             raise TokenizerError(f"the answer {word!r} is {len(ids)} tokens here; a backbone needs it as one")
         return ids[0]
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Return the ids that a tokenizer puts before the first text of a sequence; none with Qwen2 and SmolLM2."""
+    encoded = tokenizer("A", return_special_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return tuple(token_id for token_id, special in takewhile(lambda pair: pair[1] == 1, pairs))

@@ -103,6 +103,11 @@ class Settings(BaseSettings):
         description="Megabytes, on the engine's device, for keys and values of instructions and user segments. 1,024"
         " hold about 250 users of Qwen2-0.5B, 50 of Qwen2-7B; 0 keeps none.",
     )
+    cache: Path | None = Field(
+        default=None,
+        description="Folder of language models that `sella-train` converted, for bundles that name one, read by"
+        " `models.sources`. Unset: `sella` in XDG_CACHE_HOME or in ~/.cache.",
+    )
     batch_ahead_ms: float = Field(
         default=20.0,
         ge=0,

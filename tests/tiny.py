@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from models.backbone import Backbone, load_backbone
 from models.bundle import BackboneEntry, Dimensions, FileEntry, Manifest, merged_id, write_bundle
+from models.definition import Definition
 from models.fusion import INPUTS, SIGNED, Fusion, Rates, Weight
 from models.loading import Bundle
 from models.projection import Projections
@@ -76,7 +77,7 @@ def tiny_bundle(
     def fill(folder: Path) -> None:
         backbone = tiny_backbone(seed, d_model)
         backbone.save(folder / "backbone")
-        base_id = load_backbone(folder / "backbone").weights_id()
+        base_id = Definition.read(folder / "backbone").identify(load_backbone(folder / "backbone").weights_id())
         _write_adapter(backbone, folder / "adapter", seed)
         _write_tables(folder, size, rest, d_model)
         _write_projection(folder, backbone.embedding_norm(), rest, d_model)
@@ -128,6 +129,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     text = ["Yes\nNo\n" * 50, "The user's feature is. Target Movie: Answer:\n" * 10, *tiny_titles(60)]
     tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def tokenizer_with_bos() -> PreTrainedTokenizerFast:
+    """Return the tiny tokenizer, made to begin every text with a BOS token, as Gemma's and Llama's do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = ("<bos>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[bos]
+    )
+    return tokenizer
 
 
 def tiny_backbone(seed: int = 0, d_model: int = D_MODEL) -> Backbone:

@@ -35,7 +35,9 @@ METRICS = ("auc", "uauc", "log_loss", "ece")
 
 DataOption = Annotated[Path, typer.Option("--data", help="folder with items and interactions (docs/data.md)")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder of the bundle")]
-BackboneOption = Annotated[str, typer.Option("--backbone", help="tiny, a hub id, or a local path")]
+BackboneOption = Annotated[
+    str, typer.Option("--backbone", help="tiny, smollm2-135m, a hub id, a folder, or a GGUF file")
+]
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="JSON file, or the name of one that comes with sella")
 ]
@@ -63,6 +65,8 @@ def fit(
     split_by: SplitByOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="instead of the configuration's")] = None,
     ties: TiesOption = None,
+    noun: Annotated[str | None, typer.Option(help="what an item is called in the prompt, such as book")] = None,
+    plural: Annotated[str | None, typer.Option(help="its plural; the noun with an s where it is not given")] = None,
 ) -> None:
     """Train all stages and write one bundle. The run's files are kept in OUT.run beside it."""
     with one_line_errors():
@@ -74,6 +78,7 @@ def fit(
         chosen = _configuration(config, ties)
         if seed is not None:
             chosen = chosen.model_copy(update={"seed": seed})
+        chosen = chosen.calling_items(noun, plural)
         run = new_run(out.with_name(f"{out.name}.run"), chosen)
 
         def begun(dataset: Dataset, histories: Histories) -> None:
@@ -211,6 +216,30 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="folder of the bundle")]
 
         manifest = verify(bundle)
         print(manifest.canonical().decode() if as_json else bundle_text(manifest))
+
+
+@app.command()
+def backbone(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="smollm2-135m, or a GGUF file")],
+    out: Annotated[Path | None, typer.Option(help="folder to write, instead of the cache")] = None,
+) -> None:
+    """Fetch a known language model or convert a GGUF file, once, and print its folder."""
+    with one_line_errors():
+        from transformers.utils import logging as transformers_logging
+
+        from training.conversion import converted
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        print(converted(name, out))
+
+
+@app.command()
+def configuration() -> None:
+    """Print every configuration key as the Markdown of docs/configuration.md."""
+    from training.reference import configuration_reference
+
+    print(configuration_reference(), end="")
 
 
 @app.command()

@@ -27,13 +27,13 @@ class _Frozen(BaseModel):
 class ScheduleConfig(_Frozen):
     """How a stage steps: AdamW under a linear warm-up and a linear decay to zero."""
 
-    epochs: float = Field(2.0, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    epochs: float = Field(2.0, gt=0, description="passes over the train rows")
+    learning_rate: float = Field(1e-3, gt=0, description="after the warm-up, before the decay")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
     batch_targets: int = Field(64, ge=1, description="targets a step, over all processes")
     gradient_norm: float = Field(1.0, gt=0, description="clipped above this")
-    evaluations_per_epoch: int = Field(2, ge=1)
+    evaluations_per_epoch: int = Field(2, ge=1, description="how often valid is scored; the best checkpoint is kept")
     patience: int = Field(4, ge=1, description="evaluations without a better validation AUC before the stage stops")
     min_steps: int = Field(0, ge=0, description="small data sets run more epochs, until the stage has made this many")
     max_steps: int | None = Field(None, ge=1, description="the stage ends here, however long its epochs are")
@@ -43,12 +43,12 @@ class TinyConfig(_Frozen):
     """The `tiny` stand-in: a Qwen2 of about 5 M parameters, made and pre-trained from the training text alone."""
 
     vocabulary: int = Field(4096, ge=300, description="byte-level BPE; ML-1M's titles stop paying for more")
-    d_model: int = Field(256, ge=16)
-    d_inner: int = Field(1024, ge=16)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    key_value_heads: int = Field(2, ge=1)
-    sequence_tokens: int = Field(256, ge=32)
+    d_model: int = Field(256, ge=16, description="width of the embeddings")
+    d_inner: int = Field(1024, ge=16, description="inner width of the feed-forward layers")
+    layers: int = Field(4, ge=1, description="transformer layers")
+    heads: int = Field(4, ge=1, description="attention heads")
+    key_value_heads: int = Field(2, ge=1, description="heads of keys and values; attention heads share them")
+    sequence_tokens: int = Field(256, ge=32, description="tokens of one text block in its pre-training")
     question_groups: int = Field(4, ge=1, description="packs a step that teach it to answer (pretrain.py)")
     # Reading the slots takes 250 steps, however little text there is.
     schedule: ScheduleConfig = ScheduleConfig(
@@ -109,7 +109,7 @@ class ProjectConfig(_Frozen):
 class Config(_Frozen):
     """Everything a `fit` depends on besides the data and the backbone."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of every random draw; equal seeds give equal bundles on a CPU")
     template: TemplateConfig = TemplateConfig()
     ties: Ties = Field("strict", description="what a history holds of the row's own second (docs/data.md); none of it")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -119,7 +119,7 @@ class Config(_Frozen):
     max_tokens: int = Field(2048, ge=64, description="tokens of one forward and backward")
     max_targets: int = Field(16, ge=1, description="targets of one pack, so that a batch mixes users")
     validation_rows: int = Field(2_000, ge=1, description="rows of valid that choose checkpoints")
-    checkpoint_seconds: float = Field(30.0, gt=0)
+    checkpoint_seconds: float = Field(30.0, gt=0, description="time between checkpoints, from which --resume goes on")
     gradient_checkpointing: bool = Field(False, description="recompute activations: a third slower, far less memory")
     tiny: TinyConfig = TinyConfig()
     adapt: AdaptConfig = AdaptConfig()
@@ -142,10 +142,35 @@ class Config(_Frozen):
     def changed_by(cls, given: Any) -> "Config":
         """Return the defaults with the keys that are given, at any depth, in their place.
 
+        A plural that is not given is the given noun with an s. `template.model_fields_set` has what was given.
+
         Raises:
             ValidationError: a key or value that does not belong.
         """
-        return cls.model_validate(_laid_over(cls().model_dump(), given))
+        config = cls.model_validate(_laid_over(cls().model_dump(), given))
+        named = dict(given.get("template", {}))
+        if "noun" in named:
+            named.setdefault("plural", f"{named['noun']}s")
+        return config.model_copy(update={"template": TemplateConfig.model_validate(named)})
+
+    def calling_items(self, noun: str | None, plural: str | None) -> "Config":
+        """Return the configuration with another noun for an item; a plural that is not given is the noun with an s.
+
+        Raises:
+            ConfigError: a plural of no noun, or a word that is too long.
+        """
+        if noun is None and plural is None:
+            return self
+        named = self.template.model_dump(include=self.template.model_fields_set)
+        if noun is None and "noun" not in named:
+            raise ConfigError(f"--plural {plural}: it takes --noun beside it")
+        words = {"noun": noun or named["noun"], "plural": plural or f"{noun}s"}
+        try:
+            return self.model_copy(update={"template": TemplateConfig.model_validate(named | words)})
+        except ValidationError as error:
+            raise ConfigError(
+                f"--noun {words['noun']}, --plural {words['plural']}: {error.errors()[0]['msg']}"
+            ) from error
 
 
 def load_config(path: Path | str | None) -> Config:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.assembly import Assembler
-from models.backbone import DTYPES, Backbone, load_backbone, load_merged
+from models.backbone import DTYPES, Backbone, load_merged
 from models.bundle import (
     BackboneEntry,
     BundleError,
@@ -30,10 +30,11 @@ from models.bundle import (
     write_bundle,
 )
 from models.features import Tables
-from models.probe import probe
+from models.loading import BACKBONE
 from models.projection import Projections
 from models.scoring_model import ScoringModel
 from models.template import Template
+from training.backbones import Base, made_by_the_run, opened_before_the_run
 from training.config import TINY
 from training.counts import counts_by_id
 from training.data.dataset import Dataset
@@ -53,9 +54,8 @@ from training.verdict import FittedFusion, fit_and_judge
 class Prepared:
     """What stands before stage 2: the adapted language model and the data as examples."""
 
-    source: str | Path
+    base: Base
     adapter: Path
-    base_id: str
     dtype: Literal["float32", "bfloat16"]
     backbone: Backbone
     examples: Examples
@@ -77,18 +77,22 @@ def fit(
 
     Raises:
         BundleError: something else is already at `out`.
+        BackboneError, TokenizerError: the backbone cannot be used; the run folder is not claimed then.
         RunError: the run folder holds another run.
     """
     if out.exists() and not (resume and run.claimed):
         raise BundleError(f"{out} already exists; choose another path or remove it")
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
+    run.require_free(resume=resume)
+    base = None if backbone == TINY or out.exists() else opened_before_the_run(run, backbone)
     run.claim(_identity(run, dataset, backbone), resume=resume)
+    _say_what_items_are_called(run)
     if out.exists():
         return dict(verify(out).metrics)
     histories = build_histories(dataset, run.config.ties)
     if run.is_main:
         begun(dataset, histories)
-    prepared = prepare(run, dataset, histories, backbone)
+    prepared = prepare(run, dataset, histories, base)
     collab = align(run, prepared.examples, prepared.semantic_ID)
     tables, projections, report = _projected(run, prepared, collab)
     if run.is_main:
@@ -102,19 +106,29 @@ def fit(
     return report
 
 
-def prepare(run: Run, dataset: Dataset, histories: Histories, backbone: str) -> Prepared:
-    """Take or make the backbone, train its adapter, merge the two, and distil every item."""
-    source: str | Path = pretrain(run, dataset, histories) if backbone == TINY else backbone
-    base = load_backbone(source, device=str(run.device))
-    base_id = base.weights_id()
-    longest = run.config.template.history_tokens + 128
-    run.say(f"backbone {backbone}: packed scores equal its own to {probe(base, longest):.1g} logits")
+def prepare(run: Run, dataset: Dataset, histories: Histories, base: Base | None) -> Prepared:
+    """Take the opened backbone, or make `tiny`; train its adapter, merge the two, and distil every item.
+
+    Raises:
+        RunError: the run that is resumed began with another backbone.
+    """
+    base = base or made_by_the_run(run, pretrain(run, dataset, histories))
+    run.pin("backbone", {"id": base.id, "revision": base.source.revision})
+    source = base.source.folder
     examples = Examples(dataset, histories, Template(run.config.template, base.encoder))
-    del base
-    dtype = run.config.number_type(backbone)
+    dtype = run.config.number_type(TINY if base.source.name == BACKBONE else base.source.name)
     adapter = adapt(run, examples, source, DTYPES[dtype])
     merged = load_merged(source, adapter, dtype=DTYPES[dtype], device=str(run.device))
-    return Prepared(source, adapter, base_id, dtype, merged, examples, distil_items(run, examples, merged))
+    return Prepared(base, adapter, dtype, merged, examples, distil_items(run, examples, merged))
+
+
+def _say_what_items_are_called(run: Run) -> None:
+    template = run.config.template
+    if "noun" not in template.model_fields_set:
+        run.say(
+            f'items are called "{template.noun}" in the prompt, since neither --noun nor template.noun names them; for'
+            " other items give for example --noun book"
+        )
 
 
 def _projected(run: Run, prepared: Prepared, collab: Collab) -> tuple[dict[str, Tensor], Projections, dict[str, Any]]:
@@ -195,13 +209,14 @@ def _write(
     dataset: Dataset,
     report: dict[str, Any],
 ) -> None:
-    tables, config = scorer.tables, run.config
-    inside = prepared.source == run.folder / "backbone"
+    tables, config, base = scorer.tables, run.config, prepared.base
 
     def fill(folder: Path) -> None:
         copy_tree(prepared.adapter, folder / "adapter")
-        if inside:
-            copy_tree(run.folder / "backbone", folder / "backbone")
+        if base.source.name == BACKBONE:
+            copy_tree(base.source.folder, folder / BACKBONE)
+        else:
+            base.definition.write(folder / BACKBONE)
         _write_tables(folder, tables)
         save_file(projections.cpu().state_dict(), folder / "projection.safetensors")
         (folder / "fusion.json").write_text(fitted.fusion.model_dump_json(indent=2) + "\n")
@@ -212,9 +227,10 @@ def _write(
         return Manifest(
             created_by=f"sella {version('sella')}",
             backbone=BackboneEntry(
-                source="backbone" if inside else str(prepared.source),
-                base_id=prepared.base_id,
-                merged_id=merged_id(prepared.base_id, prepared.adapter, dtype),
+                source=base.source.name,
+                revision=base.source.revision,
+                base_id=base.id,
+                merged_id=merged_id(base.id, prepared.adapter, dtype),
                 dtype=dtype,
                 parameters=prepared.backbone.parameters,
                 yes_id=answers.yes,

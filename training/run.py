@@ -64,6 +64,15 @@ class Run:
         """Whether a `fit` has begun in the run folder."""
         return (self.folder / "run.json").exists()
 
+    def require_free(self, *, resume: bool) -> None:
+        """Refuse a run folder that holds a run which was not asked to resume.
+
+        Raises:
+            RunError: it does.
+        """
+        if self.claimed and not resume:
+            raise RunError(f"{self.folder} holds an earlier run; add --resume to go on with it or remove it")
+
     def claim(self, identity: dict[str, Any], *, resume: bool) -> None:
         """Take the run folder for a `fit` of this identity (data, configuration, backbone).
 
@@ -72,16 +81,28 @@ class Run:
         """
         path = self.folder / "run.json"
         if self.is_main:
+            self.require_free(resume=resume)
             if self.claimed:
                 found = json.loads(path.read_text())
                 changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
-                if not resume:
-                    raise RunError(f"{self.folder} holds an earlier run; add --resume to go on with it or remove it")
                 if changed:
                     raise RunError(f"{self.folder} is a run with another {', '.join(changed)}; remove it to start anew")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, identity)
         self.accelerator.wait_for_everyone()
+
+    def pin(self, name: str, found: dict[str, Any]) -> None:
+        """Keep what the run began with in `name`.json; resumed, it must be the same.
+
+        Raises:
+            RunError: it is another.
+        """
+        path = self.folder / f"{name}.json"
+        if path.exists() and json.loads(path.read_text()) != found:
+            raise RunError(f"{self.folder} began with another {name}, which has changed since; remove it to start anew")
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        if self.is_main and not path.exists():
+            write_json(path, found)
 
     def say(self, text: str) -> None:
         """Print one line, from the main process alone."""

@@ -13,6 +13,7 @@ import numpy as np
 from models.loading import Bundle
 from models.prompt_tree import TreeModel
 from models.template import PromptKind, Template
+from training.backbones import opened_before_the_run
 from training.config import TINY, Config
 from training.data.dataset import Dataset
 from training.data.history import build_histories
@@ -33,7 +34,9 @@ def alignment_study(run: Run, dataset: Dataset, backbone: str, seeds: int) -> Va
     projection; "neither": stage 2 without InfoNCE, and a random projection. Stage 1 is trained once.
     """
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
-    prepared = prepare(run, dataset, build_histories(dataset, run.config.ties), backbone)
+    base = None if backbone == TINY else opened_before_the_run(run, backbone)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(run, dataset, build_histories(dataset, run.config.ties), base)
     valid = prepared.examples.targets("valid", run.config.max_targets)
     reached: Variants = {"aligned, warm projection": [], "aligned": [], "neither": []}
     for seed in range(seeds):

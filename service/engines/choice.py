@@ -11,7 +11,8 @@ from models.backbone import DTYPES
 from models.features import ItemFeatures
 from models.loading import Bundle
 from models.packs import ScoringGroup
-from models.template import PromptKind, Template, Title
+from models.probe import longest_prompt
+from models.template import Template
 from models.tokens import AnswerTokens
 from service.engines.lifecycle import Supervision
 from service.engines.merged import MergedSource
@@ -65,7 +66,7 @@ def open_engine(
 
 def sharing_key(settings: Settings, bundle: Bundle, assembler: Assembler) -> tuple[str, int]:
     """Return what bundles must have in common to share one loaded model; the settings are the same for all."""
-    longest = _longest_prompt(assembler.template) if settings.engine == "vllm" else 0  # vLLM is started for a length
+    longest = longest_prompt(assembler.template) if settings.engine == "vllm" else 0  # vLLM is started for a length
     return bundle.manifest.backbone.merged_id, longest
 
 
@@ -85,21 +86,13 @@ def core_config(settings: Settings, bundle: Bundle, template: Template) -> CoreC
         weights=settings.vllm_weights.resolve() / f"{backbone.merged_id}-{backbone.dtype}",
         dtype=backbone.dtype,
         answers=AnswerTokens(backbone.yes_id, backbone.no_id),
-        max_tokens=_longest_prompt(template) + 1,
+        max_tokens=longest_prompt(template) + 1,
         tensor_parallel=settings.tensor_parallel,
         data_parallel=settings.data_parallel,
         gpu_memory=settings.vllm_gpu_memory,
         kv_gib=settings.vllm_kv_gib,
         eager=settings.vllm_eager,
     )
-
-
-def _longest_prompt(template: Template) -> int:
-    """Return the tokens of the longest prompt that the template's caps allow."""
-    kind = PromptKind.PROJECT
-    tail = max(len(template.user_tail(kind, empty_history=empty)) for empty in (False, True))
-    candidate = template.candidate(kind, Title((0,) * template.config.title_tokens))
-    return len(template.instruction(kind)) + template.config.history_tokens + tail + len(candidate)
 
 
 def _warm_up_group(assembler: Assembler, d_model: int) -> ScoringGroup:

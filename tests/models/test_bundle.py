@@ -1,4 +1,6 @@
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,25 @@ def test_no_byte_of_the_manifest_can_be_altered(copied: Path) -> None:
             read_manifest(copied)
         flip(path, position, bit)
     read_manifest(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("config.json", {"rms_norm_eps": 0.5}), ("tokenizer_config.json", {"add_bos_token": True})]
+)
+def test_a_backbone_described_otherwise_is_not_the_bundles_own(
+    bundle: Bundle, tmp_path: Path, name: str, fields: dict[str, object]
+) -> None:
+    """The manifest is written anew, so that every file verifies: the identity alone can tell."""
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
+        (folder / MANIFEST).unlink()
+        path = folder / "backbone" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    write_bundle(tmp_path / "other", lambda files: bundle.manifest.model_copy(update={"files": files}), fill)
+    with pytest.raises(BundleError, match="not those the bundle was trained on"):
+        Bundle.open(tmp_path / "other").backbone()
 
 
 def test_a_missing_a_shortened_and_a_foreign_file_are_named(copied: Path) -> None:

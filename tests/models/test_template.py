@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from models.segments import SlotKind
 from models.template import PromptKind, Template, TemplateConfig, window_start
 from models.tokens import TextEncoder
-from tests.tiny import tiny_titles, tiny_tokenizer
+from tests.tiny import tiny_titles, tiny_tokenizer, tokenizer_with_bos
 
 TOKENIZER = tiny_tokenizer()
 TEMPLATE = Template(TemplateConfig(), TextEncoder(TOKENIZER))
@@ -41,6 +41,18 @@ def test_figure_2_has_no_slots_and_figure_3_is_the_title_alone() -> None:
     adapt = TEMPLATE.user_segment(PromptKind.ADAPT, [title]) + TEMPLATE.candidate(PromptKind.ADAPT, title)
     assert adapt.slots == ()
     assert TOKENIZER.decode(list(TEMPLATE.distil(title).token_ids)) == "Movie: Heat"
+
+
+def test_a_tokenizers_bos_begins_every_prompt_once_and_no_segment_in_it() -> None:
+    tokenizer = tokenizer_with_bos()
+    template, bos = Template(TemplateConfig(), TextEncoder(tokenizer)), tokenizer.bos_token_id
+    title = template.titles(["Heat"])[0]
+    for kind in PromptKind:
+        rest = template.user_segment(kind, [title]) + template.candidate(kind, title)
+        ids = (template.instruction(kind) + rest).token_ids
+        assert ids[0] == bos and ids.count(bos) == 1
+        assert ids[1:] == TEMPLATE.instruction(kind).token_ids + rest.token_ids
+    assert template.distil(title).token_ids == (bos, *TEMPLATE.distil(title).token_ids)
 
 
 def test_nouns_are_parameters() -> None:

@@ -344,6 +344,7 @@ def test_inspect_shows_what_a_bundle_holds(trained: Trained, bundle: Bundle) -> 
         "adapter/adapter_config.json",
         "backbone/model.safetensors",
         "backbone/tokenizer.json",
+        "backbone/config.json",
         "collab.safetensors",
         "semantic.safetensors",
         "projection.safetensors",

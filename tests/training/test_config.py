@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from tests.training.micro import MICRO
 from training.config import Config, ConfigError, load_config, shipped_configs
+from training.reference import configuration_keys, configuration_reference
 
 
 def written(folder: Path, content: Any) -> Path:
@@ -82,3 +83,31 @@ def test_a_configuration_cannot_be_changed_after_it_is_made() -> None:
 def test_a_configuration_survives_its_own_json() -> None:
     config = Config.changed_by(MICRO)
     assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_an_unnamed_plural_is_the_noun_with_an_s(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, {"template": {"noun": "tea"}})).template.plural == "teas"
+    knives = load_config(written(tmp_path, {"template": {"noun": "knife", "plural": "knives"}}))
+    assert knives.template.plural == "knives"
+    assert Config().calling_items("tea", None).template.plural == "teas"
+    assert knives.calling_items("fork", None).template.plural == "forks"
+    assert knives.calling_items(None, "blades").template.noun == "knife"
+    with pytest.raises(ConfigError, match="--plural teas: it takes --noun"):
+        Config().calling_items(None, "teas")
+    with pytest.raises(ConfigError, match="at most 40 characters"):
+        Config().calling_items("t" * 41, None)
+
+
+def test_a_configuration_knows_whether_the_noun_was_named(tmp_path: Path) -> None:
+    unnamed = load_config(written(tmp_path, {"template": {"max_history": 3}, "seed": 1}))
+    assert "noun" not in unnamed.template.model_fields_set and unnamed.template.max_history == 3
+    assert "noun" not in Config().template.model_fields_set
+    assert "noun" in load_config("demo").template.model_fields_set
+    named = unnamed.calling_items("tea", None)
+    assert "noun" in named.template.model_fields_set and named.template.max_history == 3
+
+
+def test_every_key_is_described_and_the_page_of_the_documents_is_the_models_own() -> None:
+    assert [key for key, _, field in configuration_keys(Config()) if not field.description] == []
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text() == configuration_reference(), "sella-train configuration > docs/configuration.md"
