@@ -122,6 +122,7 @@ def query(questions: Sequence[Question], template: Template, live: Mapping[str, 
         user_ids=frozenset(question.user_id for question in questions),
         item_ids=frozenset(items),
         histories_of=frozenset(question.user_id for question in questions if question.history is None),
+        counts_of=frozenset(one.item_id for question in questions for one in question.candidates),
     )
 
 

@@ -19,8 +19,8 @@ from service.answers import CountsSource, HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
 from service.bundles.handle import BundleHandle
 from service.features.protocol import Features
-from service.interactions.counts import Counted
-from service.interactions.histories import merge_all
+from service.interactions.counts import Counted, larger
+from service.interactions.histories import NOBODY, merge_all
 from service.interactions.live import LiveUser
 from service.questions import PromptItem, Question, Resolved, query, resolve
 from service.schemas import OnUnknown
@@ -146,7 +146,13 @@ async def _look_up(
     found = await handle.store.look_up(handle.bundle_id, asked)
     merged = merge_all(asked.user_ids, found.users, found.live, logged)
     users = {one: user.features for one, user in merged.items() if user.features is not None}
-    counted = handle.counts.of(asked.user_ids, {one.item_id for question in questions for one in question.candidates})
+    # A user whom another server has deleted may still be counted by this one's log.
+    forgotten = {
+        one
+        for one, told in found.live.items()
+        if told.deleted_at is not None and (logged.get(one, NOBODY).deleted_at or 0.0) < told.deleted_at
+    }
+    counted = larger(handle.counts.of(asked.user_ids - forgotten, asked.counts_of), found.counted)
     return replace(found, users=users), frozenset(one for one, user in merged.items() if user.likes), counted
 
 

@@ -97,6 +97,7 @@ class FallbackStore:
             items={**{one: known.items[one] for one in items & known.items.keys()}, **found.items},
             live=found.live,
             history_items={**known.items, **known.history_items, **found.history_items},
+            counted=found.counted,
         )
 
     async def health(self) -> StoreHealth:

@@ -12,9 +12,8 @@ LIVE = "sella:live:"
 DELETED = LIVE + "deleted"  # a hash: user id -> UTC seconds
 APPLIED = LIVE + "applied"  # a hash: log id -> the seq of its last entry that was applied
 LIKES = LIVE + "likes:"  # + user id, a sorted set: time -> event id, NUL, item id
-USER_COUNTS = LIVE + "counts:u:"  # + user id, a hash: impressions, positives
-ITEM_COUNTS = LIVE + "counts:i:"  # + item id, the same
-IMPRESSION = LIVE + "impression:"  # + sha1 of the impression's id: n, y or p
+IMPRESSION = LIVE + "impression:"  # + sha1 of the impression's id: what became of it
+TABLES = LIVE + "tables"  # how many tables of counts there have been; each gets the next number
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +31,11 @@ class BundleKeys:
     def meta(self) -> str:
         """A hash: what was published and how far."""
         return self.prefix + "meta"
+
+    @property
+    def counts(self) -> str:
+        """What the number of the bundle's table of counts is appended to, which meta has."""
+        return self.prefix + "n:"
 
     @property
     def items(self) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from models.features import HistoryItem, ItemFeatures, UserFeatures
+from service.interactions.counts import NOTHING_COUNTED, Counted
 from service.interactions.live import LiveUser
 
 
@@ -19,6 +20,7 @@ class Query:
     user_ids: frozenset[str]
     item_ids: frozenset[str]
     histories_of: frozenset[str]  # users whose stored history stands in a prompt: its items are wanted too
+    counts_of: frozenset[str] = frozenset()  # items whose live counts are wanted; those of the users always are
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,14 @@ class Features:
     `items` are those asked for, whole: only they can be candidates. `history_items` are those that only the stored
     histories and the likes in `live` name; a store may answer them without the vectors behind a candidate's slots.
     `live` is what the store shares with other servers of the users whose stored history was wanted, and of any user
-    who was deleted.
+    who was deleted. `counted` is what all servers have counted since the bundle's own counts.
     """
 
     users: Mapping[str, UserFeatures]
     items: Mapping[str, ItemFeatures]
     live: Mapping[str, LiveUser] = field(default_factory=dict)
     history_items: Mapping[str, HistoryItem] = field(default_factory=dict)
+    counted: Counted = NOTHING_COUNTED
 
     def history_item(self, item_id: str) -> HistoryItem | None:
         """Return what is known of an item of a history, however it came to be known."""

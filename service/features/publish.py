@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from models.features import Tables
 from models.loading import Bundle
 from service.features.codec import RECORD_VERSION, Codec, Precision, PrecisionName
-from service.features.keys import BUNDLE_DIGITS, BUNDLES, DELETED, POINTER, BundleKeys
+from service.features.keys import BUNDLE_DIGITS, BUNDLES, DELETED, POINTER, TABLES, BundleKeys
 from service.features.supersede import expire_superseded
 
 _KEY_BYTES = 120  # what Redis itself takes for a key of this length and its entry
@@ -32,6 +32,17 @@ if old and old ~= ARGV[1] then
   local meta = 'sella:' .. string.sub(old, 1, tonumber(ARGV[4])) .. ':meta'
   if redis.call('EXISTS', meta) == 1 then redis.call('HSET', meta, 'expires_at', ARGV[2] + ARGV[3]) end
 end
+"""
+
+# Begins a table of counts, unless the bundle has one that stays. KEYS: meta, bundles, number of tables. ARGV: the
+# bundle's id, until when its own counts reach. In one step: what is applied from then on is counted by that, what was
+# applied before is filled in by each server from its log.
+_COUNT = """
+if not redis.call('HGET', KEYS[1], 'counts') or redis.call('HEXISTS', KEYS[1], 'expires_at') == 1 then
+  redis.call('HSET', KEYS[1], 'counts', redis.call('INCR', KEYS[3]), 'counted_until', ARGV[2])
+end
+redis.call('HDEL', KEYS[1], 'expires_at', 'expired')
+redis.call('SADD', KEYS[2], ARGV[1])
 """
 
 _MARKERS = ("items_done", "users_done", "finished")
@@ -127,8 +138,8 @@ class Publisher:
             self._check_room(tables, meta)
             self._client.hset(self._keys.meta, mapping={**told, **dict.fromkeys(_MARKERS, "0")})
         # Known before the first record is written: a deletion takes the user out of every known bundle.
-        self._client.sadd(BUNDLES, self._bundle.id)
-        self._client.hdel(self._keys.meta, "expires_at", "expired")
+        counted_until = repr(self._bundle.manifest.counted_until)
+        self._client.eval(_COUNT, 3, self._keys.meta, BUNDLES, TABLES, self._bundle.id, counted_until)
         self._client.persist(self._keys.meta)
 
     def _check_room(self, tables: Tables, meta: dict[str, str]) -> None:

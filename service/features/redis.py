@@ -1,7 +1,8 @@
 """Users, items and live histories from Redis: one round trip a look-up.
 
 A look-up sends one script and one MGET at once. The script answers what hangs together: whether Redis holds the whole
-bundle, the users, who was deleted, their likes, and of the items of histories the beginnings of the records. The MGET
+bundle, the users, who was deleted, their likes, live counts, and of the items of histories the beginnings of the
+records. The MGET
 answers the candidates that this process does not hold. The script makes keys out of what it reads, so this needs one
 Redis or a replicated one, not a cluster.
 """
@@ -17,20 +18,29 @@ from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from models.features import HistoryItem, UserFeatures
+from models.fusion import Counts
 from service.features.cache import ItemCache
 from service.features.codec import Codec, RecordError
 from service.features.keys import DELETED, LIKES, BundleKeys
 from service.features.protocol import Features, Query, StoreHealth
+from service.interactions.counts import NOTHING_COUNTED, Counted
 from service.interactions.live import Like, LiveUser
 from service.metrics.store import FallbackReason
 
-# KEYS: meta, deletions, likes' prefix, items' prefix, users' prefix. ARGV: the bundle's id, d_collab, then of each user
-# the id and 1 if the stored history is wanted. The offsets are the codec's.
+# KEYS: meta, deletions, prefixes of likes, items, users and tables of counts. ARGV: the bundle's id, d_collab, how many
+# users, of each the id and 1 if the stored history is wanted, then the items whose counts are wanted. The offsets are
+# the codec's.
 _LOOK_UP = """
-local meta = redis.call('HMGET', KEYS[1], 'bundle_id', 'complete')
+local meta = redis.call('HMGET', KEYS[1], 'bundle_id', 'complete', 'counts')
 if meta[1] ~= ARGV[1] or meta[2] ~= '1' then return {0} end
 local d_collab = tonumber(ARGV[2])
-local users, items, seen = {}, {}, {}
+local users, items, counted, seen = {}, {}, {}, {}
+local behind = 3 + 2 * tonumber(ARGV[3])
+
+local function counts(of, id)
+  if not meta[3] then return {} end
+  return redis.call('HMGET', KEYS[6] .. meta[3] .. of .. id, 'impressions', 'positives')
+end
 
 local function width(flags)
   if flags < 2 then return 4 * d_collab end
@@ -59,7 +69,7 @@ local function history(record)
   end
 end
 
-for place = 3, #ARGV, 2 do
+for place = 4, behind, 2 do
   local id, wanted = ARGV[place], ARGV[place + 1] == '1'
   local deleted = redis.call('HGET', KEYS[2], id)
   local record = false
@@ -70,9 +80,10 @@ for place = 3, #ARGV, 2 do
     likes = redis.call('ZRANGE', KEYS[3] .. id, 0, -1, 'WITHSCORES')
     for one = 1, #likes, 2 do want(string.match(likes[one], '([^%z]*)$')) end
   end
-  users[#users + 1] = {record, deleted, likes}
+  users[#users + 1] = {record, deleted, likes, counts(':u:', id)}
 end
-return {1, users, items}
+for place = behind + 1, #ARGV do counted[#counted + 1] = counts(':i:', ARGV[place]) end
+return {1, users, items, counted, meta[3]}
 """
 _SHA = sha1(_LOOK_UP.encode()).hexdigest()  # Redis's name of the script; no secret hangs on it
 
@@ -107,7 +118,8 @@ class RedisStore:
         items, missing = self._cache.find(bundle_id, query.item_ids)
         user_ids = sorted(query.user_ids | query.histories_of)
         with _look_up_errors():
-            told, records = await self._ask(user_ids, query.histories_of, missing)
+            counts_of = sorted(query.counts_of)
+            told, records = await self._ask(user_ids, query.histories_of, counts_of, missing)
             if told[0] != 1:
                 raise LookUpError("bundle_missing", f"Redis does not hold the whole of bundle {bundle_id[:12]}")
             asked = {
@@ -117,29 +129,33 @@ class RedisStore:
             self._cache.put(bundle_id, asked)
             items.update((one, item) for one, item in asked.items() if item is not None)
             users, live = self._users(user_ids, query.histories_of, told[1])
-            return Features(users, items, live, self._history_items(told[2]))
+            counted = NOTHING_COUNTED  # a bundle that was published without a table of counts
+            if told[4] is not None:
+                users_told = [counts for *_, counts in told[1]]
+                counted = Counted(True, counts_told(user_ids, users_told), counts_told(counts_of, told[3]))
+            return Features(users, items, live, self._history_items(told[2]), counted)
 
     async def _ask(
-        self, user_ids: Sequence[str], histories_of: frozenset[str], item_ids: Sequence[str]
+        self, user_ids: Sequence[str], histories_of: frozenset[str], counts_of: Sequence[str], item_ids: Sequence[str]
     ) -> tuple[list[Any], list[bytes | None]]:
         """Send script and MGET at once; a Redis that has lost the script gets it and is asked again."""
         try:
-            return await self._send(user_ids, histories_of, item_ids)
+            return await self._send(user_ids, histories_of, counts_of, item_ids)
         except NoScriptError:
             await self._client.script_load(_LOOK_UP)
-            return await self._send(user_ids, histories_of, item_ids)
+            return await self._send(user_ids, histories_of, counts_of, item_ids)
 
     async def _send(
-        self, user_ids: Sequence[str], histories_of: frozenset[str], item_ids: Sequence[str]
+        self, user_ids: Sequence[str], histories_of: frozenset[str], counts_of: Sequence[str], item_ids: Sequence[str]
     ) -> tuple[list[Any], list[bytes | None]]:
         keys = self._keys
         asked = [part for one in user_ids for part in (one, int(one in histories_of))]
         async with self._client.pipeline(transaction=False) as pipe:
             pipe.evalsha(
                 _SHA,
-                5,
-                *(keys.meta, DELETED, LIKES, keys.items, keys.users),
-                *(self.bundle_id, self._codec.d_collab, *asked),
+                6,
+                *(keys.meta, DELETED, LIKES, keys.items, keys.users, keys.counts),
+                *(self.bundle_id, self._codec.d_collab, len(user_ids), *asked, *counts_of),
             )
             if item_ids:
                 prefix = keys.items.encode()
@@ -152,7 +168,7 @@ class RedisStore:
     ) -> tuple[dict[str, UserFeatures], dict[str, LiveUser]]:
         users: dict[str, UserFeatures] = {}
         live: dict[str, LiveUser] = {}
-        for user_id, (record, deleted, likes) in zip(user_ids, told, strict=True):
+        for user_id, (record, deleted, likes, _) in zip(user_ids, told, strict=True):
             if record is not None:
                 users[user_id] = self._codec.decode_user(user_id, record)
             if deleted is not None or user_id in histories_of:
@@ -206,6 +222,17 @@ def _look_up_errors() -> Iterator[None]:
 
 def _text(value: bytes | str | None) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def counts_told(ids: Sequence[str], told: Sequence[Sequence[bytes | None]]) -> dict[str, Counts]:
+    """Return counts by id from impressions and positives as Redis tells them; those never counted are missing."""
+    counts = {}
+    for one, (shown, liked) in zip(ids, told, strict=True):
+        positives = max(0, int(liked or 0))
+        if shown is not None or positives:
+            # A deletion takes a user's counts and leaves the impressions that came later: more positives than those.
+            counts[one] = Counts(max(positives, int(shown or 0)), positives)
+    return counts
 
 
 def _likes(told: Sequence[bytes]) -> tuple[Like, ...]:

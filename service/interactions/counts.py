@@ -61,6 +61,23 @@ class Counted:
 NOTHING_COUNTED = Counted(False, {}, {})
 
 
+def larger(*counted: Counted) -> Counted:
+    """Return the larger counts of several sources, each of which may lack the latest and counts nothing twice."""
+    live = [one for one in counted if one.live]
+    if len(live) < 2:
+        return live[0] if live else NOTHING_COUNTED
+    return Counted(True, _larger([one.users for one in live]), _larger([one.items for one in live]))
+
+
+def _larger(tables: Sequence[Table]) -> Table:
+    joined: dict[str, Counts] = {}
+    for table in tables:
+        for one, counts in table.items():
+            before = joined.get(one, counts)
+            joined[one] = Counts(*map(max, before, counts))
+    return joined
+
+
 class LiveCounts:
     """The live counts of one bundle.
 

@@ -13,6 +13,7 @@ from models.fusion import Counts
 from service.interactions.counts import NEGATIVE, PENDING, POSITIVE, Change, Forgotten, LogChange, Standing
 from service.interactions.event import EntryKind, Interaction, LogEntry
 from service.interactions.live import MAX_LIKES, Like, LiveUser
+from service.interactions.shared import Impression
 
 Verdict = Literal["accepted", "duplicate", "forgotten"]
 CountOf = Literal["user", "item"]
@@ -194,6 +195,15 @@ class Ledger:
             return {one: Counts(impressions, positives) for one, impressions, positives in rows}
 
         return grouped("user_id"), grouped("item_id")
+
+    def known_impressions(self, since: float, after: str, limit: int) -> list[Impression]:
+        """Return impressions with a known outcome that were shown after `since`, by id from behind `after` on."""
+        rows = self._db.execute(
+            "SELECT impression_id, user_id, item_id FROM impressions"
+            f" WHERE impression_id > ? AND state > {PENDING} AND shown > ? ORDER BY impression_id LIMIT ?",
+            (after, since, limit),
+        )
+        return [Impression(*row) for row in rows]
 
     def _judge(self, index: int, one: Interaction) -> Verdict:
         deleted_at = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", one.user_id)

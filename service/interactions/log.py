@@ -17,6 +17,7 @@ from service.interactions.database import LogFileError, open_to_read
 from service.interactions.event import Interaction, LogEntry
 from service.interactions.ledger import CountOf, EventConflictError, Ledger, Resolved, Taken
 from service.interactions.live import LiveUser
+from service.interactions.shared import Impression
 from service.interactions.writer import LogHealth, LogUnavailableError, Writer
 from service.metrics.interactions import InteractionMetrics
 
@@ -190,6 +191,19 @@ class EventLog:
         """
         return self._read(lambda ledger: ledger.counts(of, ids))
 
+    async def known_impressions(self, since: float, after: str, limit: int) -> list[Impression]:
+        """Return impressions with a known outcome that were shown after `since`, by id from behind `after` on.
+
+        Raises:
+            LogUnavailableError: the log cannot be read now.
+        """
+        try:
+            return await asyncio.to_thread(
+                self._read_apart, lambda ledger: ledger.known_impressions(since, after, limit)
+            )
+        except (sqlite3.Error, LogFileError) as error:
+            raise LogUnavailableError(f"{self._path}: {error}") from error
+
     async def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
         """Return likes and deletions of users. Without a log there are no likes: a score does not fail for that.
 
@@ -253,13 +267,19 @@ class EventLog:
             counts.apply(changes)
 
     def _fill(self, counts: LiveCounts) -> None:
-        """Fill counts from a connection of its own: the event loop would wait for a query of the whole log."""
+        def fill(ledger: Ledger) -> None:
+            counts.collect()
+            counts.fill(ledger.last_seq(), *ledger.counted_since(counts.until))
+
+        self._read_apart(fill)
+
+    def _read_apart(self, work: Callable[[Ledger], T]) -> T:
+        """Read as of one moment, on a connection of its own: a query of the whole log would hold the event loop."""
         connection = open_to_read(self._path)
         try:
             ledger = Ledger(connection, self._limits.attribution_s)
-            counts.collect()
-            connection.execute("BEGIN")  # both tables as of one seq
-            counts.fill(ledger.last_seq(), *ledger.counted_since(counts.until))
+            connection.execute("BEGIN")
+            return work(ledger)
         finally:
             connection.close()
 

@@ -5,7 +5,6 @@ nothing. The rules are those of each server's own log: an impression has one lik
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis
@@ -17,38 +16,83 @@ from service.features.keys import (
     BUNDLES,
     DELETED,
     IMPRESSION,
-    ITEM_COUNTS,
     LIKES,
-    USER_COUNTS,
+    BundleKeys,
 )
+from service.features.redis import counts_told
+from service.interactions.counts import Counted
 from service.interactions.event import LogEntry
 from service.interactions.live import MAX_LIKES
-from service.interactions.shared import SharedStoreError
+from service.interactions.shared import CountTable, Impression, SharedStoreError
 
-# KEYS: applied, deletions, bundles. ARGV: log id, last seq, likes kept, seconds that things are kept, digits of a
-# bundle id in a key, four prefixes (likes, user counts, item counts, impressions), the last seq that must be applied
-# already (empty: any), then seven an entry: kind, event, user, item, label (empty, 0 or 1), time, impression. An
-# impression's state is p, n or y and the time of the latest entry about it; behind a space stand time and event of its
-# like, if it has one.
-_APPLY = """
-local kept, retention, digits = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local likes, user_counts, item_counts, impressions = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+# What both scripts begin with. KEYS[2], KEYS[3]: deletions, bundles. ARGV: log id, seconds that things are kept, digits
+# of a bundle id in a key, prefix of impressions.
+#
+# An impression's value: its state (p, n or y) and the time of the latest entry about it, when it was shown, the numbers
+# of the tables of counts that have counted it, and behind a space time and event of its like, if it has one. What a
+# table has counted of it is thereby known, so nothing counts twice, whichever server tells it, and how often.
+_IMPRESSIONS = """
+local retention, digits, impressions = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
+local bundles, tables = {}, {}
+for _, bundle in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+  local prefix = 'sella:' .. string.sub(bundle, 1, digits) .. ':'
+  bundles[#bundles + 1] = prefix
+  local told = redis.call('HMGET', prefix .. 'meta', 'counts', 'counted_until', 'expires_at')
+  if told[1] then
+    tables[#tables + 1] = {
+      prefix = prefix .. 'n:' .. told[1], number = told[1], since = tonumber(told[2]),
+      ends = told[3] and math.floor(tonumber(told[3])) + 1
+    }
+  end
+end
+
+local function add(counts, of, id, seen, positive)
+  if seen == 0 and positive == 0 then return end
+  local key = counts.prefix .. of .. id
+  if seen ~= 0 then redis.call('HINCRBY', key, 'impressions', seen) end
+  if positive ~= 0 then redis.call('HINCRBY', key, 'positives', positive) end
+  if counts.ends then redis.call('EXPIREAT', key, counts.ends) else redis.call('EXPIRE', key, retention) end
+end
+
+local function read(key)
+  local told = redis.call('GET', key)
+  if not told then return nil end
+  local state, latest, shown, numbers, liked = string.match(told, '^(%a)([^,]*),([^,]*),([^ ]*) (.*)$')
+  local counted = {}
+  for number in string.gmatch(numbers, '[^.]+') do counted[number] = true end
+  return {state = state, latest = latest, shown = shown, counted = counted, like = liked}
+end
+
+local function write(key, one, ...)
+  local numbers = {}
+  for _, counts in ipairs(tables) do
+    if one.counted[counts.number] then numbers[#numbers + 1] = counts.number end
+  end
+  local value = one.state .. one.latest .. ',' .. one.shown .. ',' .. table.concat(numbers, '.') .. ' ' .. one.like
+  redis.call('SET', key, value, ...)
+end
+
+local function before_deletion(user, moment)
+  local deleted = redis.call('HGET', KEYS[2], user)
+  return deleted and tonumber(moment) <= tonumber(deleted)
+end
+"""
+
+# KEYS: applied, deletions, bundles. ARGV from the fifth on: last seq, likes kept, prefix of likes, the last seq that
+# must be applied already (empty: any), then seven an entry: kind, event, user, item, label (empty, 0 or 1), time,
+# impression.
+_APPLY = (
+    _IMPRESSIONS
+    + """
+local kept, likes = tonumber(ARGV[6]), ARGV[7]
 
 local function forget(user, moment)
   local before = redis.call('HGET', KEYS[2], user)
   if before and tonumber(before) >= tonumber(moment) then return end
   redis.call('HSET', KEYS[2], user, moment)
   redis.call('ZREMRANGEBYSCORE', likes .. user, '-inf', moment)
-  redis.call('DEL', user_counts .. user)
-  for _, bundle in ipairs(redis.call('SMEMBERS', KEYS[3])) do
-    redis.call('DEL', 'sella:' .. string.sub(bundle, 1, digits) .. ':u:' .. user)
-  end
-end
-
-local function count(key, impression, positive)
-  if impression > 0 then redis.call('HINCRBY', key, 'impressions', impression) end
-  if positive > 0 then redis.call('HINCRBY', key, 'positives', positive) end
-  redis.call('EXPIRE', key, retention)
+  for _, prefix in ipairs(bundles) do redis.call('DEL', prefix .. 'u:' .. user) end
+  for _, counts in ipairs(tables) do redis.call('DEL', counts.prefix .. ':u:' .. user) end
 end
 
 local function like(user, item, event, moment, old)
@@ -65,51 +109,95 @@ local function like(user, item, event, moment, old)
   return moment .. ' ' .. event
 end
 
-local function advance(kind, event, user, item, label, moment, impression)
-  local deleted = redis.call('HGET', KEYS[2], user)
-  if deleted and tonumber(moment) <= tonumber(deleted) then return end
-  local key = impressions .. redis.sha1hex(impression)
-  local told = redis.call('GET', key)
-  local state, latest, old, whole = 'p', moment, '', true
-  if told then
-    local split = string.find(told, ' ', 1, true)
-    state, latest, old = string.sub(told, 1, 1), string.sub(told, 2, split - 1), string.sub(told, split + 1)
-    if deleted and tonumber(latest) <= tonumber(deleted) then
-      -- All of it was before the deletion: new for the user, while the item keeps what was counted.
-      state, latest, old, whole = 'p', moment, '', state == 'p'
-    elseif tonumber(moment) > tonumber(latest) then latest = moment end
-  end
-  local after = state
-  if label == '1' then after = 'y'
-  elseif (label == '0' or kind == 'expiry') and state == 'p' then after = 'n' end
-  local seen = (state == 'p' and after ~= 'p') and 1 or 0
-  local positive = (state ~= 'y' and after == 'y') and 1 or 0
-  if label == '1' then old = like(user, item, event, moment, old) end
-  redis.call('SET', key, after .. latest .. ' ' .. old, 'EX', retention)
-  if seen + positive > 0 then
-    count(user_counts .. user, seen, positive)
-    if whole then count(item_counts .. item, seen, positive) end
+local function count(user, item, one, was, anew)
+  for _, counts in ipairs(tables) do
+    local before = one.counted[counts.number] and 1 or 0
+    local after = (one.state ~= 'p' and tonumber(one.shown) > counts.since) and 1 or 0
+    local liked_before = (was == 'y') and before or 0
+    local liked = (one.state == 'y') and after or 0
+    if anew then
+      add(counts, ':u:', user, after, liked)
+    else
+      add(counts, ':u:', user, after - before, liked - liked_before)
+      add(counts, ':i:', item, after - before, liked - liked_before)
+    end
+    one.counted[counts.number] = after == 1
   end
 end
 
-if ARGV[10] ~= '' and (redis.call('HGET', KEYS[1], ARGV[1]) or '0') ~= ARGV[10] then
+local function advance(kind, event, user, item, label, moment, impression)
+  if before_deletion(user, moment) then return end
+  local key = impressions .. redis.sha1hex(impression)
+  local one = read(key) or {state = 'p', latest = moment, shown = moment, counted = {}, like = ''}
+  local was, anew = one.state, false
+  if before_deletion(user, one.latest) then
+    -- All of it was before the deletion: new for the user, while the item keeps what was counted.
+    anew = one.state ~= 'p'
+    one.state, one.latest, one.shown, one.like = 'p', moment, moment, ''
+  end
+  if tonumber(moment) > tonumber(one.latest) then one.latest = moment end
+  if tonumber(moment) < tonumber(one.shown) then one.shown = moment end
+  if label == '1' then one.state = 'y'
+  elseif (label == '0' or kind == 'expiry') and one.state == 'p' then one.state = 'n' end
+  if label == '1' then one.like = like(user, item, event, moment, one.like) end
+  count(user, item, one, was, anew)
+  write(key, one, 'EX', retention)
+end
+
+if ARGV[8] ~= '' and (redis.call('HGET', KEYS[1], ARGV[1]) or '0') ~= ARGV[8] then
   return redis.error_reply('ELSEWHERE the log has been applied to another place since')
 end
-for place = 11, #ARGV, 7 do
+for place = 9, #ARGV, 7 do
   local kind = ARGV[place]
   if kind == 'deletion' then forget(ARGV[place + 2], ARGV[place + 5])
   else advance(kind, unpack(ARGV, place + 1, place + 6)) end
 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[5])
 """
+)
+
+# Counts for one table what was applied before there was this table. ARGV from the fifth on: the table's number, 1 where
+# this is the last part of the log, then three an impression: user, item, impression.
+_FILL = (
+    _IMPRESSIONS
+    + """
+for _, counts in ipairs(tables) do
+  if counts.number == ARGV[5] then
+    for place = 7, #ARGV, 3 do
+      local user, item, key = ARGV[place], ARGV[place + 1], impressions .. redis.sha1hex(ARGV[place + 2])
+      local one = read(key)
+      if one and one.state ~= 'p' and not one.counted[counts.number] and tonumber(one.shown) > counts.since
+        and not before_deletion(user, one.latest) then
+        local liked = (one.state == 'y') and 1 or 0
+        add(counts, ':u:', user, 1, liked)
+        add(counts, ':i:', item, 1, liked)
+        one.counted[counts.number] = true
+        write(key, one, 'KEEPTTL')
+      end
+    end
+    if ARGV[6] == '1' and not counts.ends then redis.call('HSET', counts.prefix .. ':filled', ARGV[1], 1) end
+  end
+end
+"""
+)
+
+# Which tables lack this log's earlier part: number and where each bundle's own counts end.
+_UNFILLED = (
+    _IMPRESSIONS
+    + """
+local found = {}
+for _, counts in ipairs(tables) do
+  if not counts.ends and redis.call('HEXISTS', counts.prefix .. ':filled', ARGV[1]) == 0 then
+    found[#found + 1] = counts.number
+    found[#found + 1] = tostring(counts.since)
+  end
+end
+return found
+"""
+)
 
 
-@dataclass(frozen=True, slots=True)
-class SharedCounts:
-    """How often a user saw items or an item was shown, and how often that was liked."""
-
-    impressions: int
-    positives: int
+_KEYS = (APPLIED, DELETED, BUNDLES)
 
 
 class RedisInteractions:
@@ -122,7 +210,7 @@ class RedisInteractions:
     def __init__(self, client: Redis, retention_s: float) -> None:
         self._client = client
         self._retention_s = max(1, round(retention_s))
-        self._script = client.register_script(_APPLY)
+        self._apply, self._fill, self._unfilled = map(client.register_script, (_APPLY, _FILL, _UNFILLED))
 
     async def applied(self, log_id: str) -> int:
         """Return the `seq` of the last entry of a log that was applied; 0 for none.
@@ -143,12 +231,10 @@ class RedisInteractions:
         """
         if not entries:
             return
-        numbers = (entries[-1].seq, MAX_LIKES, self._retention_s, BUNDLE_DIGITS)
-        prefixes = (LIKES, USER_COUNTS, ITEM_COUNTS, IMPRESSION)
-        expected = "" if after is None else str(after)
+        told = (entries[-1].seq, MAX_LIKES, LIKES, "" if after is None else after)
         arguments = [part for entry in entries for part in _fields(entry)]
         try:
-            await self._script([APPLIED, DELETED, BUNDLES], [log_id, *numbers, *prefixes, expected, *arguments])
+            await self._apply(_KEYS, [*self._common(log_id), *told, *arguments])
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not take interactions: {error}") from error
 
@@ -166,36 +252,56 @@ class RedisInteractions:
         except ValueError as error:  # the message may quote a user's id
             raise SharedStoreError(f"Redis does not tell who was deleted: {DELETED} holds no times") from error
 
-    async def counts(
-        self, user_ids: Iterable[str], item_ids: Iterable[str]
-    ) -> tuple[dict[str, SharedCounts], dict[str, SharedCounts]]:
-        """Return the counts of users and of items in one round trip; those never counted are missing.
+    async def unfilled(self, log_id: str) -> tuple[CountTable, ...]:
+        """Return the tables of counts that lack what was applied of a log before they were begun.
 
         Raises:
             SharedStoreError: Redis does not answer.
         """
-        users, items = list(user_ids), list(item_ids)
-        if not users and not items:
-            return {}, {}
         try:
+            told = await self._unfilled(_KEYS, self._common(log_id))
+            rows = zip(told[::2], told[1::2], strict=True)
+            return tuple(CountTable(number.decode(), float(since)) for number, since in rows)
+        except (RedisError, OSError, ValueError) as error:
+            raise SharedStoreError(f"Redis does not tell which counts it lacks: {error}") from error
+
+    async def fill(self, log_id: str, table: CountTable, impressions: Sequence[Impression], *, last: bool) -> None:
+        """Count impressions for one table that has not counted them; with the last the log's part is complete.
+
+        Raises:
+            SharedStoreError: Redis does not answer, or refuses.
+        """
+        arguments = [part for one in impressions for part in (one.user_id, one.item_id, one.impression_id)]
+        try:
+            await self._fill(_KEYS, [*self._common(log_id), table.number, int(last), *arguments])
+        except (RedisError, OSError) as error:
+            raise SharedStoreError(f"Redis does not take counts: {error}") from error
+
+    async def counts(self, bundle_id: str, user_ids: Iterable[str], item_ids: Iterable[str]) -> Counted:
+        """Return what the servers have counted of users and items since a published bundle's own counts.
+
+        Raises:
+            SharedStoreError: Redis does not answer.
+        """
+        users, items, keys = list(user_ids), list(item_ids), BundleKeys(bundle_id)
+        try:
+            table = keys.counts + (await _value(self._client.hget(keys.meta, "counts")) or b"").decode()
             async with self._client.pipeline(transaction=False) as pipe:
-                for key in (*(USER_COUNTS + one for one in users), *(ITEM_COUNTS + one for one in items)):
+                for key in (*(f"{table}:u:{one}" for one in users), *(f"{table}:i:{one}" for one in items)):
                     pipe.hmget(key, ["impressions", "positives"])
                 told = await pipe.execute()
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not tell counts: {error}") from error
-        return _counts(users, told[: len(users)]), _counts(items, told[len(users) :])
+        return Counted(True, counts_told(users, told[: len(users)]), counts_told(items, told[len(users) :]))
+
+    def _common(self, log_id: str) -> tuple[str, int, int, str]:
+        return log_id, self._retention_s, BUNDLE_DIGITS, IMPRESSION
 
 
 def _fields(entry: LogEntry) -> tuple[str, ...]:
     one = entry.interaction
     label = "" if one.label is None else str(int(one.label))
     return entry.kind, one.event_id, one.user_id, one.item_id, label, repr(float(one.timestamp)), one.impression_id
-
-
-def _counts(ids: Sequence[str], told: Sequence[Sequence[bytes | None]]) -> dict[str, SharedCounts]:
-    rows = zip(ids, told, strict=True)
-    return {one: SharedCounts(int(shown or 0), int(liked or 0)) for one, (shown, liked) in rows if shown is not None}
 
 
 async def _value(reply: Any) -> Any:

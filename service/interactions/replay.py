@@ -8,12 +8,13 @@ from contextlib import suppress
 import structlog
 
 from service.interactions.log import EventLog
-from service.interactions.shared import SharedInteractions, SharedStoreError
+from service.interactions.shared import CountTable, SharedInteractions, SharedStoreError
 from service.interactions.writer import LogUnavailableError
 from service.metrics.interactions import InteractionMetrics
 
 BATCH = 200  # entries of one round trip; reading them takes a millisecond of the event loop
 POLL_S = 5.0  # without news: how soon a store that lost everything is filled again
+TABLES_S = 2.0  # how soon a bundle that is published gets this log's earlier part of its counts
 DELETIONS_S = 10.0  # how soon a deletion on another server reaches this one's log
 FIRST_RETRY_S, LAST_RETRY_S = 0.2, 5.0
 ANSWER_S = 10.0  # the store has deadlines of its own; this is for one that forgets them
@@ -42,7 +43,8 @@ class Replay:
         self._progress = asyncio.Event()
         self._applied = 0
         self._answers = True
-        self._deletions_asked = float("-inf")
+        self._deletions_asked = self._tables_asked = float("-inf")
+        self._filled: tuple[CountTable, str] | None = None  # a table that is being filled, and up to which impression
 
     async def run(self) -> None:
         """Follow the log until cancelled."""
@@ -95,7 +97,24 @@ class Replay:
             for user_id in await self._log.take_deletions((await self._shared.deletions()).items()):
                 self._on_deleted(user_id)
             self._deletions_asked = time.monotonic()
-        return done
+        return await self._fill(position.log_id) and done
+
+    async def _fill(self, log_id: str) -> bool:
+        """Give a new table of counts the next part of what was applied before it; return whether none lacks any."""
+        if self._filled is None:
+            if time.monotonic() - self._tables_asked < TABLES_S:
+                return True
+            tables = await self._shared.unfilled(log_id)
+            if not tables:
+                self._tables_asked = time.monotonic()
+                return True
+            self._filled = tables[0], ""
+        table, after = self._filled
+        found = await self._log.known_impressions(table.since, after, BATCH)
+        last = len(found) < BATCH
+        await self._shared.fill(log_id, table, found, last=last)
+        self._filled = None if last else (table, found[-1].impression_id)
+        return False
 
     def _advance(self, applied: int, last: int) -> None:
         self._applied = applied

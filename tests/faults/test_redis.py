@@ -12,8 +12,9 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
+from models.fusion import Counts
 from models.loading import Bundle
-from service.interactions.redis import RedisInteractions, SharedCounts
+from service.interactions.redis import RedisInteractions
 from tests.faults.load import Ask, Load, asks_of, load_on
 from tests.faults.slow_wire import SlowWire
 from tests.redis_server import RedisServer, redis_server
@@ -60,18 +61,18 @@ class Deployment:
             assert retry or answer.json()["accepted"] == 1, answer.text
         self.told += count
 
-    def counted(self) -> SharedCounts | None:
+    def counted(self) -> Counts | None:
         """What Redis has of them."""
 
-        async def ask() -> SharedCounts | None:
+        async def ask() -> Counts | None:
             async with Redis.from_url(self.redis.url, protocol=2) as client:
-                users, _ = await RedisInteractions(client, 86_400).counts(["writer"], [])
-                return users.get("writer")
+                counted = await RedisInteractions(client, 86_400).counts(self.bundle.id, ["writer"], [])
+                return counted.users.get("writer")
 
         return asyncio.run(ask())
 
     def all_counted(self) -> bool:
-        return self.counted() == SharedCounts(self.told, self.told // 2)
+        return self.counted() == Counts(self.told, self.told // 2)
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,19 @@ from collections.abc import Sequence
 import pytest
 from redis.asyncio import Redis
 
+from models.fusion import Counts
 from models.loading import Bundle
 from service.features.keys import APPLIED, DELETED, BundleKeys
 from service.features.protocol import Query
+from service.interactions.counts import Counted
 from service.interactions.event import EntryKind, Interaction, LogEntry
 from service.interactions.live import MAX_LIKES, LiveUser
-from service.interactions.redis import RedisInteractions, SharedCounts
-from service.interactions.shared import SharedStoreError
+from service.interactions.redis import RedisInteractions
+from service.interactions.shared import Impression, SharedStoreError
 from service.metrics.registry import Metrics
 from tests.redis_server import RedisServer
 from tests.service.published import publish, redis_store
+from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.anyio
 
@@ -48,28 +51,34 @@ async def test_entries_applied_are_part_of_the_next_look_up_and_counted(
     await shared.apply("log", [entry(3, None), entry(4, True), entry(7, False, item="i2", position=1)])
     assert await shared.applied("log") == 7
     assert [like.event_id for like in (await live(redis_client, bundle)).likes] == ["e4"]
-    users, items = await shared.counts(["u1", "nobody"], ["i1", "i2", "i3"])
-    assert users == {"u1": SharedCounts(2, 1)}
-    assert items == {"i1": SharedCounts(1, 1), "i2": SharedCounts(1, 0)}
+    counted = await shared.counts(bundle.id, ["u1", "nobody"], ["i1", "i2", "i3"])
+    assert counted == Counted(True, {"u1": Counts(2, 1)}, {"i1": Counts(1, 1), "i2": Counts(1, 0)})
+    asked = Query(frozenset({"u1", "nobody"}), frozenset(), frozenset(), frozenset({"i1", "i2", "i3"}))
+    assert (await redis_store(redis_client, bundle, Metrics()).look_up(bundle.id, asked)).counted == counted
 
 
 @pytest.mark.parametrize(
     ("entries", "counted"),
     [
         ([entry(1, None)], {}),
-        ([entry(1, None), entry(1, None, "expiry")], {"u1": SharedCounts(1, 0)}),
-        ([entry(1, None), entry(1, None, "expiry"), entry(2, True)], {"u1": SharedCounts(1, 1)}),
-        ([entry(1, True), entry(2, None)], {"u1": SharedCounts(1, 1)}),
-        ([entry(1, True), entry(2, False)], {"u1": SharedCounts(1, 1)}),
-        ([entry(1, False), entry(2, True), entry(3, True)], {"u1": SharedCounts(1, 1)}),
+        ([entry(1, None), entry(1, None, "expiry")], {"u1": Counts(1, 0)}),
+        ([entry(1, None), entry(1, None, "expiry"), entry(2, True)], {"u1": Counts(1, 1)}),
+        ([entry(1, True), entry(2, None)], {"u1": Counts(1, 1)}),
+        ([entry(1, True), entry(2, False)], {"u1": Counts(1, 1)}),
+        ([entry(1, False), entry(2, True), entry(3, True)], {"u1": Counts(1, 1)}),
     ],
 )
 async def test_an_impression_is_counted_once_whatever_comes_twice(
-    shared: RedisInteractions, entries: Sequence[LogEntry], counted: dict[str, SharedCounts]
+    redis: RedisServer,
+    shared: RedisInteractions,
+    bundle: Bundle,
+    entries: Sequence[LogEntry],
+    counted: dict[str, Counts],
 ) -> None:
+    publish(redis, bundle)
     for _ in range(3):
         await shared.apply("log", entries)
-    assert (await shared.counts(["u1"], []))[0] == counted
+    assert (await shared.counts(bundle.id, ["u1"], [])).users == counted
 
 
 async def test_any_order_and_repetition_ends_the_same(
@@ -85,7 +94,9 @@ async def test_any_order_and_repetition_ends_the_same(
         mixed = rng.sample(entries * 2, 40)
         for first in range(0, 40, 8):
             await shared.apply("log", mixed[first : first + 8])
-        ends.append((await live(redis_client, bundle), await shared.counts(["u1"], [f"i{one}" for one in range(5)])))
+        ends.append(
+            (await live(redis_client, bundle), await shared.counts(bundle.id, ["u1"], [f"i{one}" for one in range(5)]))
+        )
     assert ends[0][0].likes
     assert all(end == ends[0] for end in ends)
 
@@ -134,7 +145,10 @@ async def test_everything_but_deletions_ends_some_day(redis: RedisServer, shared
         assert lasting == {b"sella:live:applied", b"sella:live:deleted"}
 
 
-async def test_a_redis_that_refuses_takes_nothing_and_says_so(redis: RedisServer, shared: RedisInteractions) -> None:
+async def test_a_redis_that_refuses_takes_nothing_and_says_so(
+    redis: RedisServer, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
     await shared.apply("log", [entry(1, True)])
     with redis.client() as client:
         client.config_set("maxmemory", 1)
@@ -144,16 +158,19 @@ async def test_a_redis_that_refuses_takes_nothing_and_says_so(redis: RedisServer
         finally:
             client.config_set("maxmemory", 0)
     assert await shared.applied("log") == 1
-    assert (await shared.counts(["u1"], []))[0] == {"u1": SharedCounts(1, 1)}
+    assert (await shared.counts(bundle.id, ["u1"], [])).users == {"u1": Counts(1, 1)}
 
 
-async def test_entries_for_another_place_are_refused_whole(shared: RedisInteractions) -> None:
+async def test_entries_for_another_place_are_refused_whole(
+    redis: RedisServer, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
     await shared.apply("log", [entry(1, True)], 0)
     for after in (0, 2):
         with pytest.raises(SharedStoreError, match="another place"):
             await shared.apply("log", [entry(2, True, position=1)], after)
     await shared.apply("log", [entry(2, True, position=1)], 1)
-    assert (await shared.counts(["u1"], []))[0] == {"u1": SharedCounts(2, 2)}
+    assert (await shared.counts(bundle.id, ["u1"], [])).users == {"u1": Counts(2, 2)}
 
 
 async def test_what_is_no_number_in_redis_is_an_error_that_can_be_waited_out(
@@ -166,3 +183,93 @@ async def test_what_is_no_number_in_redis_is_an_error_that_can_be_waited_out(
     with pytest.raises(SharedStoreError) as told:
         await shared.deletions()
     assert "secret-user" not in str(told.value)
+
+
+def impression(item: str, position: int, user: str = "u1") -> Impression:
+    one = entry(1, True, user=user, item=item, position=position).interaction
+    return Impression(one.impression_id, one.user_id, one.item_id)
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose own counts reach to NOW + 10."""
+    return tiny_bundle(tmp_path_factory.mktemp("newer") / "newer", rest_seed=3, counted_until=NOW + 10)
+
+
+async def test_each_bundle_counts_what_was_shown_since_its_own_counts_and_fills_in_what_came_before_it(
+    redis: RedisServer, shared: RedisInteractions, bundle: Bundle, newer: Bundle
+) -> None:
+    publish(redis, bundle)
+    assert [one.since for one in await shared.unfilled("log")] == [bundle.manifest.counted_until]
+    before = [
+        entry(1, True),
+        entry(11, False, item="i2", position=1),
+        entry(12, None, item="i3", position=2),
+        entry(20, None, position=0),  # shown at NOW + 1, so the newer bundle has it
+        entry(21, False, item="i5", position=5),
+    ]
+    await shared.apply("log", before)
+    publish(redis, newer)
+    [table] = [one for one in await shared.unfilled("log") if one.since == NOW + 10]
+    await shared.apply("log", [entry(30, True, item="i3", position=2)])  # its outcome: shown since, and not yet filled
+    await shared.apply("other", [entry(31, True, item="i2", position=1)])  # and of what another server was told
+    await shared.apply("log", [entry(32, True, item="i5", position=5), entry(33, False, item="i5", position=6)])
+    told = [impression("i5", 5), impression("i1", 0), impression("i2", 1), impression("i3", 2), impression("i9", 9)]
+    for _ in range(2):  # a server that was killed begins again
+        await shared.fill("log", table, told[:2], last=False)
+        await shared.fill("log", table, told[2:], last=True)
+        await shared.fill("other", table, told[1:2], last=True)
+    since = {"i2": Counts(1, 1), "i3": Counts(1, 1), "i5": Counts(2, 1)}
+    items = ["i1", "i2", "i3", "i5", "i9"]
+    assert await shared.counts(newer.id, ["u1"], items) == Counted(True, {"u1": Counts(4, 3)}, since)
+    first = Counted(True, {"u1": Counts(5, 4)}, {"i1": Counts(1, 1), **since})
+    assert await shared.counts(bundle.id, ["u1"], items) == first
+    assert table not in await shared.unfilled("log") and table in await shared.unfilled("third")
+
+
+async def test_an_impression_that_was_shown_earlier_than_was_told_first_leaves_the_counts_that_it_is_too_old_for(
+    redis: RedisServer, shared: RedisInteractions, newer: Bundle
+) -> None:
+    publish(redis, newer)
+    await shared.apply("log", [entry(11, True)])
+    assert (await shared.counts(newer.id, ["u1"], ["i1"])).items == {"i1": Counts(1, 1)}
+    await shared.apply("log", [entry(9, None)])
+    assert (await shared.counts(newer.id, ["u1"], ["i1"])).items == {"i1": Counts(0, 0)}
+
+
+async def test_a_deleted_users_counts_end_in_every_bundle_and_the_items_keep_theirs(
+    redis: RedisServer, shared: RedisInteractions, bundle: Bundle, newer: Bundle
+) -> None:
+    publish(redis, bundle)
+    await shared.apply("log", [entry(11, True), entry(12, True, user="u2", position=1), entry(20, None, "deletion")])
+    left = Counted(True, {"u2": Counts(1, 1)}, {"i1": Counts(2, 2)})
+    assert await shared.counts(bundle.id, ["u1", "u2"], ["i1"]) == left
+    publish(redis, newer)
+    [table] = await shared.unfilled("log")
+    told = [impression("i1", 0), impression("i1", 1, "u2")]  # from a log that has not heard of the deletion yet
+    await shared.fill("log", table, told, last=True)
+    left = Counted(True, {"u2": Counts(1, 1)}, {"i1": Counts(1, 1)})
+    assert await shared.counts(newer.id, ["u1", "u2"], ["i1"]) == left
+    await shared.apply("log", [entry(30, True, item="i2", position=3)])
+    for one in (bundle, newer):
+        assert (await shared.counts(one.id, ["u1"], [])).users == {"u1": Counts(1, 1)}
+    await shared.apply("log", [entry(50, None, "deletion")])
+    for one in (bundle, newer):
+        assert (await shared.counts(one.id, ["u1"], ["i2"])) == Counted(True, {}, {"i2": Counts(1, 1)})
+
+
+async def test_a_bundle_published_once_more_after_its_end_counts_anew(
+    redis: RedisServer, shared: RedisInteractions, bundle: Bundle, newer: Bundle
+) -> None:
+    publish(redis, bundle)
+    await shared.apply("log", [entry(11, True)])
+    [table] = await shared.unfilled("log")
+    await shared.fill("log", table, [impression("i1", 0)], last=True)
+    publish(redis, bundle, again=True)
+    assert await shared.unfilled("log") == ()  # its table stays
+    publish(redis, newer)
+    publish(redis, bundle)
+    [again] = [one for one in await shared.unfilled("log") if one.since == table.since]
+    assert again.number != table.number and (await shared.counts(bundle.id, ["u1"], [])).users == {}
+    await shared.fill("log", again, [impression("i1", 0)], last=True)
+    assert (await shared.counts(bundle.id, ["u1"], [])).users == {"u1": Counts(1, 1)}

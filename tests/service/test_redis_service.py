@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from service.engines.packed import PackedModel
 from tests.redis_server import RedisServer
 from tests.service.conftest import client_of, collaborators
 from tests.service.direct import DirectEngine
+from tests.service.interactions.test_live_scores import Steps
 from tests.service.published import publish
 
 pytestmark = pytest.mark.anyio
@@ -70,6 +72,56 @@ async def test_what_one_server_is_told_the_others_know(
         while after == before:  # a slow Redis is not waited for: it may take a moment
             after = await ranked(other)
         assert after == await ranked(one)
+
+
+async def eventually(compare: Callable[[], Awaitable[None]]) -> None:
+    """Wait until a comparison holds: what servers share may take a moment."""
+    end = time.monotonic() + 5
+    while True:
+        try:
+            return await compare()
+        except AssertionError:
+            if time.monotonic() > end:
+                raise
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("published_first", [True, False])
+async def test_what_any_server_counts_is_in_the_scores_of_all_and_counts_once(
+    redis: RedisServer,
+    bundle: Bundle,
+    model: ScoringModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    published_first: bool,
+) -> None:
+    """Equal to the fusion computed here, also where the bundle is published after the logs have been applied."""
+    monkeypatch.setattr("service.interactions.replay.POLL_S", 0.05)
+    monkeypatch.setattr("service.interactions.replay.TABLES_S", 0.05)
+    monkeypatch.setattr("service.interactions.replay.DELETIONS_S", 3600.0)  # the other log never hears of it here
+    if published_first:
+        publish(redis, bundle)
+    async with (
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "a") as one,
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "b") as other,
+    ):
+        first, second = Steps(one, bundle, model), Steps(other, bundle, model)
+        second.offline, second.number = first.offline, 1000
+        for user_id, item_id, label in (("u1", "i1", True), ("u2", "i1", False), ("u1", "i2", False)):
+            await first.post(user_id, item_id, label)
+            first.offline.saw(user_id, item_id, 1, int(label))
+        await second.post("u1", "i1", True)
+        first.offline.saw("u1", "i1", 1, 1)
+        if not published_first:
+            await asyncio.sleep(0.3)  # the logs are applied, and there is no table of counts yet
+            publish(redis, bundle)
+        for user_id in ("u1", "u2", "u5"):
+            for steps in (first, second):
+                await eventually(partial(steps.compare, user_id, []))
+        assert (await one.delete("/users/u1")).status_code == 200
+        first.offline.forgets("u1")
+        for steps in (first, second):
+            await eventually(partial(steps.compare, "u1", []))
 
 
 async def test_a_user_deleted_at_one_server_leaves_the_memory_of_the_others(

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from service.interactions.event import LogEntry
-from service.interactions.shared import SharedStoreError
+from service.interactions.shared import CountTable, Impression, SharedStoreError
 
 
 class SharedMemory:
@@ -24,6 +24,9 @@ class SharedMemory:
         self.likes: dict[str, dict[str, tuple[float, str]]] = {}
         self.deleted: dict[str, float] = {}
         self.applied_seqs: list[int] = []
+        self.tables: list[CountTable] = []
+        self.filled: set[tuple[str, str]] = set()
+        self.told: dict[str, list[Impression]] = {}
 
     async def applied(self, log_id: str) -> int:
         await self._answer()
@@ -46,6 +49,16 @@ class SharedMemory:
     async def deletions(self) -> Mapping[str, float]:
         await self._answer()
         return dict(self.deleted)
+
+    async def unfilled(self, log_id: str) -> Sequence[CountTable]:
+        await self._answer()
+        return [table for table in self.tables if (table.number, log_id) not in self.filled]
+
+    async def fill(self, log_id: str, table: CountTable, impressions: Sequence[Impression], *, last: bool) -> None:
+        await self._answer()
+        self.told[table.number] = [*self.told.get(table.number, ()), *impressions]
+        if last:
+            self.filled.add((table.number, log_id))
 
     async def _answer(self) -> None:
         await asyncio.sleep(self.delay_s)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from service.interactions.log import EventLog
 from service.interactions.replay import Replay
+from service.interactions.shared import CountTable, Impression
 from service.metrics.interactions import InteractionMetrics
 from tests.service.interactions.conftest import NOW, event
 from tests.service.interactions.memory import SharedMemory
@@ -121,3 +122,18 @@ async def test_a_slow_store_delays_an_acknowledgement_only_briefly(
     shared.delay_s = 5.0
     taken = await log.append([event("e1")])
     assert not await replay.caught_up(taken.seq, 0.02)
+
+
+async def test_a_new_table_of_counts_gets_each_impression_of_the_log_whose_outcome_is_known(
+    log: EventLog, replay: Replay, shared: SharedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.interactions.replay.TABLES_S", 0.01)
+    events = [event(f"e{number:04}", number % 3 > 0 or None, timestamp=NOW + number % 2) for number in range(1500)]
+    taken = await log.append(events)
+    assert await replay.caught_up(taken.seq, 20)
+    shared.tables = [CountTable("1", NOW), CountTable("2", NOW + 1)]
+    await until(lambda: len(shared.filled) == 2)
+    expected = [one.event_id for one in events if one.label is not None and one.timestamp > NOW]
+    assert [one.impression_id for one in shared.told["1"]] == expected and len(expected) > 450
+    assert shared.told["2"] == []
+    assert shared.told["1"][0] == Impression("e0001", "u1", "i7")
