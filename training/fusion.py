@@ -1,8 +1,9 @@
 """Fits the fusion: the rates' smoothing from train, the weights from valid.
 
 The weights are those of a logistic regression under bounds (no input but the cold flags may hurt) and a penalty that
-pulls towards a smaller model: one weight for the whole collaborative prediction, one for the language model. Every row
-counts twice, half with static counts and half with live ones, so that one set of weights serves both.
+pulls towards a smaller model of three weights: one for the whole collaborative prediction, one for the language model,
+one for both rates. Every row counts twice, half with static counts and half with live ones, so that one set of weights
+serves both.
 
 A row that fits the weights must not judge them: `cross_fitted` gives valid's scores under fusions of other users' rows.
 
@@ -22,7 +23,7 @@ from scipy.special import betaln, expit
 from models.fusion import INPUTS, SIGNED, Doubles, Floats, Fusion, Known, Rates, Weight, fusion_inputs
 from training.counts import counts_by_id
 
-PENALTY_ROWS = 5.0  # the penalty on the two weights of the smaller model weighs as much as this many rows
+PENALTY_ROWS = 5.0  # the penalty on the three weights of the smaller model weighs as much as this many rows
 # That on all weights as much as the rows of this many users: rows of one user say much the same. MovieLens-1M's valid
 # has 10,401 rows of 356 users, the most active of whom make them worth 96.
 PENALTY_USERS = 2.0
@@ -36,7 +37,8 @@ ROWS_AT_ONCE = 100_000
 STRENGTHS = (0.5, 200.0)
 NAMES = tuple(INPUTS)
 COLLAB = np.array([INPUTS[name] == "collab" for name in NAMES])
-LM = NAMES.index("lm")
+LM = np.array([name == "lm" for name in NAMES])
+RATES = np.array([name in ("user_rate", "item_rate") for name in NAMES])
 PENALTIES = np.array([COLD_PENALTY if name in SIGNED else 1.0 for name in NAMES])
 LOW = np.array([-np.inf if name in SIGNED else 0.0 for name in NAMES])
 
@@ -206,15 +208,15 @@ class _Penalised:
 
 
 def _fit(design: _Design, rates: Rates) -> _Fitted:
-    """Fit all weights, pulled towards a model of two; without rows enough return what needs no data."""
+    """Fit all weights, pulled towards a model of three; without rows enough return what needs no data."""
     without_data = _prior(rates)
     if not design.enough:
         return without_data
-    two_N2 = np.column_stack([design.inputs_NJ[:, COLLAB].sum(axis=1), design.inputs_NJ[:, LM]])
-    prior_2 = np.array([without_data.weights_J[COLLAB][0], without_data.weights_J[LM]])
-    small = _Penalised(two_N2, design, prior_2, np.zeros(2), np.full(2, PENALTY_ROWS))
-    _, (collab, lm) = small.unscaled(small.minimum())
-    whole = _Penalised(design.inputs_NJ, design, _two(collab, lm), LOW, design.penalty_rows * PENALTIES)
+    three_N3 = np.column_stack([design.inputs_NJ[:, one].sum(axis=1) for one in (COLLAB, LM, RATES)])
+    prior_3 = np.array([without_data.weights_J[one].max() for one in (COLLAB, LM, RATES)])
+    small = _Penalised(three_N3, design, prior_3, np.zeros(3), np.full(3, PENALTY_ROWS))
+    prior_J = _three(*small.unscaled(small.minimum())[1])
+    whole = _Penalised(design.inputs_NJ, design, prior_J, LOW, design.penalty_rows * PENALTIES)
     return _Fitted(*whole.unscaled(whole.minimum()), whole)
 
 
@@ -225,13 +227,11 @@ def _prior(rates: Rates) -> _Fitted:
     """
     slope = 1 / (rates.base * (1 - rates.base))
     intercept = (np.log(rates.base / (1 - rates.base)) - slope * rates.base) / 2
-    return _Fitted(float(intercept), _two(slope / 2, 0.5))
+    return _Fitted(float(intercept), _three(slope / 2, 0.5, 0.0))
 
 
-def _two(collab: float, lm: float) -> Doubles:
-    weights_J = np.where(COLLAB, collab, 0.0)
-    weights_J[LM] = lm
-    return weights_J
+def _three(collab: float, lm: float, rates: float) -> Doubles:
+    return np.asarray(COLLAB * collab + LM * lm + RATES * rates)
 
 
 def _intervals(design: _Design, fitted: _Fitted, seed: int = 0) -> tuple[Doubles, Doubles]:

@@ -219,7 +219,7 @@ def test_too_few_rows_or_one_class_leave_the_mean_of_both_predictions(rows: int,
     np.testing.assert_allclose(scores_B, fusion(known), atol=1e-6)
 
 
-def test_a_fit_on_few_rows_stays_near_the_model_of_two_weights() -> None:
+def test_a_fit_on_few_rows_stays_near_the_model_of_three_weights() -> None:
     """60 rows cannot tell ten weights apart; without a penalty some of them would run away."""
     drawn = world(planted)
     known = [Known(**{name: value[:60] for name, value in vars(one).items()}) for one in drawn.ways()]
