@@ -53,9 +53,11 @@ def liked_before(dataset: Dataset, split: str, row: int) -> list[str]:
     for name in ("train", "valid") if split == "valid" else ("train",):
         frame = dataset.splits[name].with_row_index("row").sort("timestamp", "row")
         for one in frame.iter_rows(named=True):
-            earlier = name != split or (one["timestamp"], one["row"]) < (own["timestamp"], row)
-            if one["user_id"] == own["user_id"] and one["label"] == 1 and earlier:
-                liked.append(titles[one["item_id"]])
+            if one["user_id"] != own["user_id"] or one["label"] == 0:
+                continue
+            if one["timestamp"] >= own["timestamp"]:
+                return liked
+            liked.append(titles[one["item_id"]])
     return liked
 
 
