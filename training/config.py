@@ -79,6 +79,7 @@ class AlignConfig(_Frozen):
     item_bias_decay: float = Field(2.0, ge=0, description="L2 on b_i, in interactions")
     bias_rate: float = Field(5.0, gt=0, description="learning rate of the biases, relative")
     semantic_rate: float = Field(0.15, ge=0, description="learning rate of the semantic deltas, relative")
+    turns: int = Field(4, ge=1, description="how often items and users are fitted in closed form; the best is kept")
     ridge: float = Field(
         0.3, gt=0, description="of the map from text to collab vectors, relative to the text's variance"
     )

@@ -22,7 +22,7 @@ from training.examples import Examples, Targets
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures
 from training.run import Run, read_tensors, write_tensors
-from training.stages.text_prior import items_under_text_prior
+from training.stages.text_prior import items_under_text_prior, users_of_labels
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,8 @@ def _finish(
     seen_I: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Fit the ways to make vectors for what was never trained, and fill the tables' cold rows with them."""
-    users_UC = factors.user_vectors()
-    config = run.config.align
-    fitted_IC, text_map = items_under_text_prior(
-        users_UC.numpy(), factors.item_vectors().numpy(), semantic_ID.numpy(), train, config
-    )
-    items_IC = torch.from_numpy(fitted_IC)
+    fitted_UC, fitted_IC, text_map = _in_turn(run, examples, train, factors, semantic_ID.numpy(), seen_U.numpy())
+    users_UC, items_IC = torch.from_numpy(fitted_UC), torch.from_numpy(fitted_IC)
     prior = fit_prior(examples, train, users_UC.numpy(), items_IC.numpy(), seen_U.numpy())
     users_UC[~seen_U] = torch.from_numpy(prior.mean_C)
     tensors = {
@@ -166,6 +162,29 @@ def _finish(
         **{f"projection.{name}": one for name, one in projection.state_dict().items()},
     }
     return tensors, {"target": prior.target, "noise": prior.noise}
+
+
+def _in_turn(
+    run: Run,
+    examples: Examples,
+    train: Targets,
+    factors: MatrixFactorization,
+    semantic_ID: np.ndarray,
+    seen_U: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, TextMap]:
+    """Fit items under their text's prior and users in turn; return the vectors that valid likes best, and the map."""
+    config, valid = run.config.align, examples.targets("valid", 1)
+    users_UC, items_IC = factors.user_vectors().numpy(), factors.item_vectors().numpy()
+    reached: list[tuple[float, np.ndarray, np.ndarray, TextMap]] = []
+    for turn in range(config.turns):
+        if turn:
+            users_UC = users_of_labels(users_UC, items_IC, train, config)
+        items_IC, text_map = items_under_text_prior(users_UC, items_IC, semantic_ID, train, config)
+        of_valid_BC = np.where(seen_U[valid.user_B][:, None], users_UC[valid.user_B], users_UC[seen_U].mean(0))
+        area = figures((of_valid_BC * items_IC[valid.item_B]).sum(-1).astype(np.float64), valid)["auc"]
+        reached.append((area, users_UC, items_IC, text_map))
+        run.say(f"align: users and items in turn, {turn + 1} of {config.turns}: valid auc {area:.4f}")
+    return max(reached, key=lambda one: one[0])[1:]
 
 
 def fit_prior(

@@ -1,14 +1,13 @@
-"""Stage 2's last step: an item's vector is what its text predicts, corrected by its labels.
+"""Stage 2's second half: an item's vector is what its text predicts, corrected by its labels.
 
 Matrix factorisation pulls the vector of an item with few labels towards the mean item. A language model knows more
 than the mean: a ridge map from semantic vectors predicts a vector for every item, and the items' vectors are fitted
 again, with the users' fixed and that prediction in the mean's place. The prediction for an item comes from a map fitted
-without it (folds by item); otherwise its own labels would count twice. Not in the paper.
+without it (folds by item); otherwise its own labels would count twice. Then the users are fitted to the new items, and
+so on in turn: closed forms, which reach the minimum on small data too, where gradient steps are few. Not in the paper.
 
 Shapes: B train rows, N rows of an item, I items, F free dimensions of an item's vector, C = d_C, D = d_L.
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,15 +47,10 @@ def items_under_text_prior(
         for fold in range(FOLDS):
             own_I = trained_I & (fold_I == fold)
             fitted_IC[own_I] = map_without(own_I)(semantic_ID[own_I])
-    _correct(fitted_IC, users_UC, train, config)
+    factors = items_IC.shape[1] - 2
+    _correct(fitted_IC, users_UC, train.item_B, train.user_B, train, [*range(factors), factors + 1],
+             [config.factor_decay] * factors + [config.item_bias_decay])  # fmt: skip
     return fitted_IC, text_map
-
-
-def rows_by_item(train: Targets) -> Iterator[tuple[int, Int32]]:
-    """Yield each item that has train rows, and those rows."""
-    order = np.argsort(train.item_B, kind="stable").astype(np.int32)
-    for rows in np.split(order, np.flatnonzero(np.diff(train.item_B[order])) + 1):
-        yield int(train.item_B[rows[0]]), rows
 
 
 def _mean_residual(users_UC: Floats, items_IC: Floats, train: Targets) -> Doubles:
@@ -70,15 +64,34 @@ def _mean_residual(users_UC: Floats, items_IC: Floats, train: Targets) -> Double
     return mean
 
 
-def _correct(items_IC: Floats, users_UC: Floats, train: Targets, config: AlignConfig) -> None:
-    """Move every item's vector, in place, to the minimum of Eq. 6 with its present value as the prior's mean."""
-    factors = items_IC.shape[1] - 2
-    free = [*range(factors), factors + 1]  # an item's vector is [q, 1, b_i]
-    penalty_FF = np.diag([config.factor_decay] * factors + [config.item_bias_decay]) * train.weight_B.mean()
-    penalty_FF = np.maximum(penalty_FF, 1e-3 * np.eye(len(free)))
-    for item, rows in rows_by_item(train):
-        users_NC = users_UC[train.user_B[rows]].astype(np.float64)
-        residual_N = train.label_B[rows] - users_NC @ items_IC[item]
-        features_NF = np.concatenate([users_NC[:, :factors], np.ones((len(rows), 1))], axis=1)
+def users_of_labels(users_UC: Floats, items_IC: Floats, train: Targets, config: AlignConfig) -> Floats:
+    """Return every user's vector at the minimum of Eq. 6 with the items' fixed, `(U, C)`."""
+    fitted_UC = np.zeros_like(users_UC)
+    fitted_UC[:, -1] = 1.0
+    factors = users_UC.shape[1] - 2
+    _correct(fitted_UC, items_IC, train.user_B, train.item_B, train, [*range(factors), factors],
+             [config.factor_decay] * factors + [config.user_bias_decay])  # fmt: skip
+    return fitted_UC
+
+
+def _correct(
+    own_EC: Floats,
+    other_EC: Floats,
+    own_B: Int32,
+    other_B: Int32,
+    train: Targets,
+    free: list[int],
+    penalty_F: list[float],
+) -> None:
+    """Move each own vector, in place, to the minimum of Eq. 6, the others fixed and its present value the prior's mean.
+
+    `free` are the dimensions that are fitted: a user's vector is [p, b_u, 1] and an item's [q, 1, b_i].
+    """
+    penalty_FF = np.diag(np.maximum(np.array(penalty_F) * train.weight_B.mean(), 1e-3))
+    order = np.argsort(own_B, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(own_B[order])) + 1):
+        own, others_NC = own_B[rows[0]], other_EC[other_B[rows]].astype(np.float64)
+        residual_N = train.label_B[rows] - others_NC @ own_EC[own]
+        features_NF = others_NC[:, free]
         weighted_FN = features_NF.T * train.weight_B[rows]
-        items_IC[item, free] += np.linalg.solve(weighted_FN @ features_NF + penalty_FF, weighted_FN @ residual_N)
+        own_EC[own, free] += np.linalg.solve(weighted_FN @ features_NF + penalty_FF, weighted_FN @ residual_N)
