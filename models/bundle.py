@@ -137,7 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
         fields = json.loads(raw)
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if isinstance(version, int) and version != FORMAT_VERSION:
-            raise BundleError(f"{path}: format {version}; this sella reads format {FORMAT_VERSION}")
+            raise BundleError(f"{path}: format {version}; this sella reads format {FORMAT_VERSION}; train it anew")
         manifest = Manifest.model_validate(fields)
     except (ValidationError, ValueError, RecursionError) as error:
         if isinstance(error, BundleError):
