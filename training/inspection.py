@@ -92,10 +92,11 @@ def prompt_text(described: dict[str, Any]) -> str:
 def bundle_text(manifest: Manifest) -> str:
     """Return a verified manifest for reading."""
     sizes, lm = manifest.dimensions, manifest.backbone
+    source = f"{lm.source} at {lm.revision}" if lm.revision else lm.source
     lines = [
         f"bundle {manifest.bundle_id}",
         f"format {manifest.format_version}, written by {manifest.created_by}; every file verified",
-        f"backbone {lm.source} as {lm.dtype}; Yes = {lm.yes_id}, No = {lm.no_id}",
+        f"backbone {source} as {lm.dtype}; Yes = {lm.yes_id}, No = {lm.no_id}",
         f"merged weights {lm.merged_id}",
         f"{sizes.users:,} users, {sizes.items:,} items; d_C {sizes.d_collab}, d_L {sizes.d_model}",
         f"template: {manifest.template.model_dump_json()}",

@@ -83,9 +83,10 @@ def fit(
     if out.exists() and not (resume and run.claimed):
         raise BundleError(f"{out} already exists; choose another path or remove it")
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
-    run.require_free(resume=resume)
+    identity = _identity(run, dataset, backbone)
+    run.check(identity, resume=resume)
     base = None if backbone == TINY or out.exists() else opened_before_the_run(run, backbone)
-    run.claim(_identity(run, dataset, backbone), resume=resume)
+    run.claim(identity, resume=resume)
     _say_what_items_are_called(run)
     if out.exists():
         return dict(verify(out).metrics)

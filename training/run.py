@@ -64,14 +64,20 @@ class Run:
         """Whether a `fit` has begun in the run folder."""
         return (self.folder / "run.json").exists()
 
-    def require_free(self, *, resume: bool) -> None:
-        """Refuse a run folder that holds a run which was not asked to resume.
+    def check(self, identity: dict[str, Any], *, resume: bool) -> None:
+        """Refuse a run folder that `claim` would refuse; nothing is written.
 
         Raises:
-            RunError: it does.
+            RunError: it holds another run, or one that was not asked to resume.
         """
-        if self.claimed and not resume:
+        if not self.is_main or not self.claimed:  # another process may look when the first one has claimed it
+            return
+        found = json.loads((self.folder / "run.json").read_text())
+        changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
+        if not resume:
             raise RunError(f"{self.folder} holds an earlier run; add --resume to go on with it or remove it")
+        if changed:
+            raise RunError(f"{self.folder} is a run with another {', '.join(changed)}; remove it to start anew")
 
     def claim(self, identity: dict[str, Any], *, resume: bool) -> None:
         """Take the run folder for a `fit` of this identity (data, configuration, backbone).
@@ -79,16 +85,10 @@ class Run:
         Raises:
             RunError: it holds another run, or one that was not asked to resume.
         """
-        path = self.folder / "run.json"
         if self.is_main:
-            self.require_free(resume=resume)
-            if self.claimed:
-                found = json.loads(path.read_text())
-                changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
-                if changed:
-                    raise RunError(f"{self.folder} is a run with another {', '.join(changed)}; remove it to start anew")
+            self.check(identity, resume=resume)
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, identity)
+            write_json(self.folder / "run.json", identity)
         self.accelerator.wait_for_everyone()
 
     def pin(self, name: str, found: dict[str, Any]) -> None:
