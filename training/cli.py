@@ -370,7 +370,8 @@ def show_ties(console: Console, histories: Histories, splits: list[str]) -> None
 
 def show_stages(console: Console, report: dict[str, Any]) -> None:
     """Print what each stage reached on valid, and how stage 3 compares."""
-    table = Table("on valid", "AUC", "UAUC", "stage 3 minus it, AUC (95 %)", title="Stages", title_justify="left")
+    rows = f"on {report['stage rows']:,} rows of valid"
+    table = Table(rows, "AUC", "UAUC", "stage 3 minus it, AUC (95 %)", title="Stages", title_justify="left")
     for name, reached in report["stages"].items():
         gap = report["stage 3 minus"].get(name, {}).get("auc")
         interval = "" if gap is None else f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"

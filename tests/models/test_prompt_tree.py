@@ -26,14 +26,14 @@ def slotted_pack(seed: int, trunk: int, lengths: list[int], prefix: int = 0) -> 
 
     The first `prefix` tokens of all trunks are the same.
     """
-    user = ((SlotKind.USER, max(trunk // 3, min(prefix, trunk - 1))),)
+    slot = max(trunk // 3, min(prefix, trunk - 1))
     branches = [
         Branch(trunk, Segment(tokens(seed + 1 + i, n + 2), ((SlotKind.ITEM, 0), (SlotKind.WARM, 1))))
         for i, n in enumerate(lengths)
     ]
-    branches[-1] = Branch(trunk // 2, branches[-1].segment)
+    branches[-1] = Branch(max(trunk // 2, slot + 1), branches[-1].segment)
     ids = tokens(0, prefix)[:trunk] + tokens(seed, trunk)[prefix:]
-    return Pack(Segment(ids, user), tuple(branches))
+    return Pack(Segment(ids, ((SlotKind.USER, slot),)), tuple(branches))
 
 
 def slot_vectors(seed: int, packs: int, branches: int) -> SlotVectors:

@@ -110,7 +110,7 @@ def test_a_backbone_other_than_the_bundles_is_refused(tmp_path_factory: pytest.T
         from pathlib import Path
 
         shutil.copytree(
-            ours.folder, Path(str(target)), dirs_exist_ok=True, ignore=lambda *_: ["manifest.json", "backbone"]
+            ours.folder, Path(str(target)), dirs_exist_ok=True, ignore=lambda *_: ["manifest.json", "model.safetensors"]
         )
 
     def manifest(files: dict) -> Manifest:  # type: ignore[type-arg]

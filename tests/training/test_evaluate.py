@@ -10,6 +10,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from models.assembly import known_pairs
 from models.backbone import Backbone
 from models.fusion import Counts
+from models.prompt_tree import TreeModel
 from tests.training.micro import Trained
 from training.counts import LIVE, row_counts
 from training.data.dataset import Dataset, load_dataset
@@ -19,7 +20,7 @@ from training.examples import Examples
 from training.pipeline import Prepared, _scorer
 from training.run import Run
 from training.stages.align import Collab
-from training.stages.project import SlotForward, SlotTables, folded_users, initial_projections
+from training.stages.project import Head, SlotForward, SlotTables, folded_users, initial_projections
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +44,16 @@ def stage_3(
     for delta in tables.parameters():
         delta.data += 0.3 * torch.randn_like(delta)
     folded = {"valid": folded_users(examples, examples.targets("valid", 16), collab)}
-    return SlotForward(run, merged, initial_projections(run, merged, collab), tables, folded)
+    projections, head = initial_projections(run, merged, collab), Head(0.0, 0.0, 1.0)
+    return SlotForward(run, TreeModel(merged), projections, tables, head, folded)
 
 
 @pytest.fixture(scope="module")
 def served(stage_3: SlotForward, trained: Trained, examples: Examples, histories: Histories, collab: Collab) -> Scorer:
     """The same as the bundle would hold it."""
-    prepared = Prepared("", trained.folder / "adapter", "", stage_3.backbone, examples, collab.semantic_ID)
+    prepared = Prepared(
+        None, trained.folder / "adapter", "float32", stage_3.model.backbone, examples, collab.semantic_ID
+    )
     return _scorer(stage_3.run, prepared, histories, collab, stage_3.tables.final(), stage_3.projections)
 
 

@@ -271,8 +271,8 @@ def test_the_head_starts_without_what_own_labels_did(
     run, train_rows = new_run(tmp_path), examples.targets("train", 16)
     own_label = influence(collab, train_rows, run.config.align)
     nothing = Influence(torch.zeros_like(own_label.user_BC), torch.zeros_like(own_label.item_BC))
-    slope = float(initial_head(run, collab, train_rows, own_label).slope)
-    assert 0 < slope < float(initial_head(run, collab, train_rows, nothing).slope)
+    slope, biased = (initial_head(run, collab, train_rows, one).slope.item() for one in (own_label, nothing))
+    assert 0 < slope < biased
 
 
 def test_a_fresh_projection_knows_nothing_of_stage_2(

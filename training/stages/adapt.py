@@ -67,7 +67,7 @@ def adapt(run: Run, examples: Examples, source: str | Path, dtype: torch.dtype =
                 loop.backward(loss / total)
     loop.keep_best()
     model.decoder.eval()
-    logits_B = predict(run, examples, KIND, valid, forward)
+    logits_B = predict(run, examples, KIND, judged, forward)
     if run.is_main:
         write_tensors(run.folder / "adapt_valid.safetensors", {"logits": torch.from_numpy(logits_B)})
         scratch = run.folder / ".adapter.part"

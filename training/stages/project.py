@@ -128,7 +128,7 @@ class Projected:
 
     tables: dict[str, Tensor]
     projections: Projections
-    valid_logits_B: np.ndarray
+    valid_logits_B: np.ndarray  # of the rows that choose checkpoints; 0 elsewhere
     evaluations: list[dict[str, float]]
 
 
@@ -234,7 +234,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
                 loss = answer_loss(forward(train, batch, cold_B2, own_label), train, rows_of(batch))
                 loop.backward(loss / total)
     loop.keep_best()
-    logits_B = forward.predict(examples, valid)
+    logits_B = forward.predict(examples, judged)
     final = {name: tensor.cpu() for name, tensor in tables.final().items()}
     return Projected(final, projections.cpu(), logits_B, loop.evaluations)
 
