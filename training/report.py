@@ -16,8 +16,8 @@ from training.stages.project import Projected, folded_users
 def stage_report(run: Run, examples: Examples, collab: Collab, result: Projected) -> dict[str, Any]:
     """Return every stage's AUC and UAUC, and stage 3's paired difference to each of the others.
 
-    All on the rows of valid that choose checkpoints: scoring the rest twice more would cost a language model on a CPU as
-    much time as training it.
+    All on the rows of valid that choose checkpoints: scoring the rest twice more would take a language model on a CPU
+    as long as its training.
     """
     valid = examples.targets("valid", run.config.max_targets).limited(run.config.validation_rows)
     judged = np.concatenate(valid.groups)
@@ -33,9 +33,8 @@ def stage_report(run: Run, examples: Examples, collab: Collab, result: Projected
         "stage 3 minus": {},
     }
     for name in list(logits)[:-1]:
-        difference = paired_difference(
-            *(one[judged] for one in (logits["stage 3"], logits[name], valid.label_B, valid.user_B))
-        )
+        ours, theirs = logits["stage 3"][judged], logits[name][judged]
+        difference = paired_difference(ours, theirs, valid.label_B[judged], valid.user_B[judged])
         report["stage 3 minus"][name] = {metric: interval.as_dict() for metric, interval in difference.items()}
     return report
 

@@ -48,7 +48,7 @@ class Deployment:
         """Report interactions one by one; each is acknowledged, if need be only after it was sent again."""
         for number in range(self.told, self.told + count):
             event = {"event_id": f"e{number}", "user_id": "writer", "item_id": "i7", "label": number % 2}
-            body = {"interactions": [{**event, "timestamp": 1_700_000_000 + number}]}
+            body = {"interactions": [{**event, "timestamp": 1_700_000_001 + number}]}
             while True:
                 try:
                     answer = httpx.post(f"{self.server.url}/interactions", json=body, timeout=10)
