@@ -25,7 +25,8 @@ def write_variant(bundle: Path, out: Path, *, other_weights: bool) -> None:
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
         (folder / MANIFEST).unlink()
         fusion = json.loads((folder / "fusion.json").read_text())
-        fusion["intercept"] += SHIFT
+        for counting in ("static", "live"):
+            fusion[counting]["intercept"] += SHIFT
         (folder / "fusion.json").write_text(json.dumps(fusion))
         if other_weights:
             tensors = load_file(folder / ADAPTER)

@@ -106,8 +106,13 @@ def known_pairs(
     group: ScoringGroup,
     user: tuple[Counts, bool],
     items: Sequence[tuple[Counts, bool]],
+    *,
+    live: bool,
 ) -> Known:
-    """Return what `Fusion` needs of a group's pairs. The user and each candidate come as counts and whether cold."""
+    """Return what `Fusion` needs of a group's pairs. The user and each candidate come as counts and whether cold.
+
+    `live` tells whether the counts are live, or the bundle's alone.
+    """
     counts_K2 = np.array([counts for counts, _ in items], np.int64)
     (impressions, positives), cold = user
     return Known(
@@ -120,6 +125,7 @@ def known_pairs(
         item_positives_K=counts_K2[:, 1],
         cold_user_K=np.full(len(items), cold),
         cold_item_K=np.array([cold for _, cold in items], np.bool_),
+        live=live,
     )
 
 

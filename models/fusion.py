@@ -6,14 +6,14 @@ counted up to this moment. Evaluation and service call the same code.
 
 Rates enter as their distance from the base rate in log-odds, smoothed: without evidence the distance is zero. Two
 strengths of smoothing tell much evidence from little. Weights are never negative, so a further positive of an item
-never lowers its score.
+never lowers its score. Static counts end with the training data, live counts at this moment: each has its own weights.
 
 Shapes: K pairs, C = d_C.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,7 @@ class Known:
         user_impressions_K, user_positives_K: the user's impressions with a known outcome, and the positives.
         item_impressions_K, item_positives_K: the item's.
         cold_user_K, cold_item_K: True where the vector was not trained.
+        live: whether the counts are live (up to this moment) or static (of the training data alone).
     """
 
     lm_K: NDArray[np.floating]
@@ -60,12 +61,20 @@ class Known:
     item_positives_K: NDArray[np.integer]
     cold_user_K: NDArray[np.bool_]
     cold_item_K: NDArray[np.bool_]
+    live: bool = True
 
     def __post_init__(self) -> None:
         """Raise ValueError where lengths differ."""
-        lengths = {one.name: len(getattr(self, one.name)) for one in fields(self)}
+        lengths = {name: len(values) for name, values in self._arrays().items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"fields of different lengths: {lengths}")
+
+    def rows(self, chosen: slice | NDArray[np.integer]) -> "Known":
+        """Return what is known of the chosen pairs."""
+        return replace(self, **{name: values[chosen] for name, values in self._arrays().items()})
+
+    def _arrays(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "live"}
 
 
 class Rates(BaseModel):
@@ -124,14 +133,23 @@ def probabilities(logits_K: Doubles) -> Doubles:
     return np.asarray(1 / (1 + np.exp(-logits_K)), np.float64)
 
 
+class Weights(BaseModel):
+    """One set of weights: the intercept and the weights of inputs by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    intercept: float = Field(0.0, allow_inf_nan=False)
+    weights: dict[str, Weight] = Field({"lm": Weight(value=1.0, low=1.0, high=1.0)})
+
+
 class Fusion(BaseModel):
-    """The weights of `score`, as the bundle holds them."""
+    """The weights of `score` for static and for live counts, as the bundle holds them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rates: Rates = Rates()
-    intercept: float = Field(0.0, allow_inf_nan=False)
-    weights: dict[str, Weight] = Field({"lm": Weight(value=1.0, low=1.0, high=1.0)})
+    static: Weights = Weights()
+    live: Weights = Weights()
 
     def inputs(self, known: Known) -> dict[str, Doubles]:
         """Return every input of the logistic model, `(K,)` each."""
@@ -139,11 +157,12 @@ class Fusion(BaseModel):
 
     def parts(self, known: Known) -> dict[str, Doubles]:
         """Return what each part adds to the logit of `score`, `(K,)` each; they sum to it."""
+        fitted = self.live if known.live else self.static
         parts = {name: np.zeros(len(known.lm_K)) for name in PARTS}
-        parts["intercept"] += self.intercept
+        parts["intercept"] += fitted.intercept
         for name, values in self.inputs(known).items():
-            if name in self.weights:
-                parts[INPUTS[name]] += self.weights[name].value * values
+            if name in fitted.weights:
+                parts[INPUTS[name]] += fitted.weights[name].value * values
         return parts
 
     def logits(self, known: Known) -> Doubles:

@@ -261,7 +261,7 @@ def _scores(
 ) -> list[_Score]:
     user = prompt.counts + counted.users.get(prompt.resolved.question.user_id, NO_COUNTS)
     items = [(one.counts + counted.items.get(one.item_id, NO_COUNTS), not one.trained) for one in prompt.items]
-    parts = fusion.parts(known_pairs(raw_K, group, (user, prompt.user.cold), items))
+    parts = fusion.parts(known_pairs(raw_K, group, (user, prompt.user.cold), items, live=counted.live))
     scores_K = probabilities(np.sum([*parts.values()], axis=0))
     columns = {name: values.tolist() for name, values in parts.items()} if explain else {}
     return [

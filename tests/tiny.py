@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from models.backbone import Backbone, load_backbone
 from models.bundle import BackboneEntry, Dimensions, FileEntry, Manifest, merged_id, write_bundle
 from models.definition import Definition
-from models.fusion import INPUTS, SIGNED, Fusion, Rates, Weight
+from models.fusion import INPUTS, SIGNED, Fusion, Rates, Weight, Weights
 from models.loading import Bundle
 from models.projection import Projections
 from models.template import TemplateConfig
@@ -190,15 +190,19 @@ def _write_projection(folder: Path, norm: float, seed: int, d_model: int) -> Non
 
 def _write_fusion(folder: Path, rng: np.random.Generator) -> None:
     """Give every input a weight, so that a score depends on everything that is known of a pair."""
-    values = {
-        name: float(rng.normal() if name in SIGNED else rng.uniform(0.2, 0.8)) * (0.2 if name == "taste" else 1)
-        for name in INPUTS
-    }
-    fusion = Fusion(
-        rates=Rates(base=0.4, user_strength=10, item_strength=5),
-        intercept=-0.3,
-        weights={name: Weight(value=one, low=one - 0.1, high=one + 0.1) for name, one in values.items()},
-    )
+
+    def weights(intercept: float) -> Weights:
+        values = {
+            name: float(rng.normal() if name in SIGNED else rng.uniform(0.2, 0.8)) * (0.2 if name == "taste" else 1)
+            for name in INPUTS
+        }
+        return Weights(
+            intercept=intercept,
+            weights={name: Weight(value=one, low=one - 0.1, high=one + 0.1) for name, one in values.items()},
+        )
+
+    live, static = weights(-0.3), weights(-0.5)
+    fusion = Fusion(rates=Rates(base=0.4, user_strength=10, item_strength=5), static=static, live=live)
     (folder / "fusion.json").write_text(fusion.model_dump_json())
 
 

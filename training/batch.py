@@ -174,8 +174,8 @@ def _score_part(
         ):
             raw[rows] = scores
             candidates = [known[items[row]] for row in rows]
-            pairs = known_pairs(scores, group, user, [(item.counts, not item.trained) for item in candidates])
-            scored[rows] = fusion(pairs)
+            told = [(item.counts, not item.trained) for item in candidates]
+            scored[rows] = fusion(known_pairs(scores, group, user, told, live=False))
     return pl.DataFrame(
         {
             "user_id": users,

@@ -85,8 +85,8 @@ class ScoredSplit:
     cold_user_B: NDArray[np.bool_]
     cold_item_B: NDArray[np.bool_]
 
-    def known(self, counts: RowCounts) -> Known:
-        """Return what the fusion knows of the rows under these counts."""
+    def known(self, counts: RowCounts, *, live: bool) -> Known:
+        """Return what the fusion knows of the rows under these counts, which are live or static."""
         return Known(
             lm_K=raw_logits(self.raw_B),
             user_KC=self.user_BC,
@@ -97,6 +97,7 @@ class ScoredSplit:
             item_positives_K=counts.item_positives_B,
             cold_user_K=self.cold_user_B,
             cold_item_K=self.cold_item_B,
+            live=live,
         )
 
 

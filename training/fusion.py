@@ -2,16 +2,15 @@
 
 The weights are those of a logistic regression under bounds (no input but the cold flags may hurt) and a penalty that
 pulls towards a smaller model of three weights: one for the whole collaborative prediction, one for the language model,
-one for both rates. Every row counts twice, half with static counts and half with live ones, so that one set of weights
-serves both.
+one for both rates. Static and live counts get a fit each. Static rates say little beyond the collaborative prediction,
+which comes from the same labels: their smaller model is without rates, and the cold flags are left out.
 
 A row that fits the weights must not judge them: `cross_fitted` gives valid's scores under fusions of other users' rows.
 
-Shapes: B rows of valid, N rows of the design (B for each way of counting), J inputs, U users.
+Shapes: B rows of valid, N rows of a fit, J inputs, S weights of the smaller model, U users, F folds.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -20,15 +19,14 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import lsq_linear, minimize, minimize_scalar
 from scipy.special import betaln, expit
 
-from models.fusion import INPUTS, SIGNED, Doubles, Floats, Fusion, Known, Rates, Weight, fusion_inputs
+from models.fusion import INPUTS, SIGNED, Doubles, Floats, Fusion, Known, Rates, Weight, Weights, fusion_inputs
 from training.counts import counts_by_id
 
-PENALTY_ROWS = 5.0  # the penalty on the three weights of the smaller model weighs as much as this many rows
+PENALTY_ROWS = 5.0  # the penalty on the weights of the smaller model weighs as much as this many rows
 # That on all weights as much as the rows of this many users: rows of one user say much the same. MovieLens-1M's valid
 # has 10,401 rows of 356 users, the most active of whom make them worth 96.
 PENALTY_USERS = 2.0
-# The penalty on cold flags, relative: one number for a group of few users seldom held for others. At 1 it cost static
-# scores 0.003 AUC on MovieLens-1M's valid.
+# The penalty on cold flags, relative: one number for a group of few users seldom holds for others.
 COLD_PENALTY = 50.0
 LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # below these, ten weights would be noise
 FOLDS = 5
@@ -39,8 +37,7 @@ NAMES = tuple(INPUTS)
 COLLAB = np.array([INPUTS[name] == "collab" for name in NAMES])
 LM = np.array([name == "lm" for name in NAMES])
 RATES = np.array([name in ("user_rate", "item_rate") for name in NAMES])
-PENALTIES = np.array([COLD_PENALTY if name in SIGNED else 1.0 for name in NAMES])
-LOW = np.array([-np.inf if name in SIGNED else 0.0 for name in NAMES])
+COLD = np.array([name in SIGNED for name in NAMES])
 
 
 def fit_rates(train: pl.DataFrame) -> Rates:
@@ -61,19 +58,30 @@ def fit_rates(train: pl.DataFrame) -> Rates:
 
 
 def fit_fusion(
-    ways: Sequence[Known], labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates
+    static: Known, live: Known, labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates
 ) -> Fusion:
-    """Return the fusion of all rows; `ways` is what is known of them by each way of counting.
+    """Return the fusion of all rows, from what is known of them by static and by live counts.
+
+    Raises:
+        ValueError: the counts are not static and live, in this order.
+    """
+    if static.live or not live.live:
+        raise ValueError(f"static.live is {static.live}, live.live is {live.live}; give static counts, then live ones")
+    fitted = [fit_weights(known, labels_B, users_B, rates) for known in (static, live)]
+    return Fusion(rates=rates, static=fitted[0], live=fitted[1])
+
+
+def fit_weights(known: Known, labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates) -> Weights:
+    """Return the weights of all rows, for counts like those in `known`.
 
     Intervals are percentiles over users drawn anew; each replicate takes one Newton step from the fitted weights, under
     the same bounds, so that hundreds cost less than the fit.
     """
-    design = _Design.of(ways, labels_B, users_B, rates)
+    design = _Design.of(known, labels_B, users_B, rates)
     fitted = _fit(design, rates)
     low_J, high_J = _intervals(design, fitted) if fitted.penalised else (fitted.weights_J, fitted.weights_J)
     rounded = [np.round(one, 6) for one in (fitted.weights_J, low_J, high_J)]
-    return Fusion(
-        rates=rates,
+    return Weights(
         intercept=round(fitted.intercept, 6),
         weights={
             name: Weight(value=float(value), low=float(low), high=float(high))
@@ -83,21 +91,21 @@ def fit_fusion(
 
 
 def cross_fitted(
-    ways: Sequence[Known],
+    known: Known,
     labels_B: NDArray[np.number],
     users_B: NDArray[np.integer],
     rates: Rates,
     *,
     folds: int = FOLDS,
     seed: int = 0,
-) -> list[Floats]:
-    """Return each way's scores, `(B,)`, every row's by a fusion that was fitted on the rows of other users.
+) -> Floats:
+    """Return scores, `(B,)`, every row's by weights that were fitted on the rows of other users.
 
     A fold's intercept is low where the users left out like much. Beside rows of other folds that would lower the AUC
     of any scorer, by 0.004 for 350 users. So every fold's logits of all rows get one mean and one spread, the average
     of the folds' own: two numbers for all rows alike, which order none before another.
     """
-    design = _Design.of(ways, labels_B, users_B, rates)
+    design = _Design.of(known, labels_B, users_B, rates)
     users, code_N = np.unique(design.user_N, return_inverse=True)
     fold_N = (np.random.default_rng(seed).permutation(len(users)) % folds)[code_N]
     fitted = [_fit(design.only(fold_N != fold), rates) for fold in range(folds)]
@@ -106,7 +114,7 @@ def cross_fitted(
     own_N = everywhere_FN[fold_N, np.arange(len(fold_N))]
     scale_F = spread_F.mean() / np.where(spread_F > 0, spread_F, 1.0)
     scores_N = expit((own_N - mean_F[fold_N]) * scale_F[fold_N] + mean_F.mean())
-    return [one.astype(np.float32) for one in np.split(scores_N, len(ways))]
+    return np.asarray(scores_N, np.float32)
 
 
 def scores_of(fusion: Fusion, known: Known) -> Floats:
@@ -116,36 +124,36 @@ def scores_of(fusion: Fusion, known: Known) -> Floats:
 
 @dataclass(frozen=True)
 class _Design:
-    """The rows of a fit: each way's rows, one way after the other."""
+    """The rows of a fit, whose counts are live or static."""
 
     inputs_NJ: Doubles
     labels_N: NDArray[np.bool_]
     user_N: NDArray[np.integer]
-    weight: float  # of each row
+    live: bool
 
     @classmethod
-    def of(
-        cls, ways: Sequence[Known], labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates
-    ) -> "_Design":
-        columns = [
-            np.stack(list(fusion_inputs(part, rates).values()), axis=1) for known in ways for part in _parts(known)
-        ]
-        inputs_NJ = np.concatenate([np.zeros((0, len(NAMES))), *columns])
-        return cls(inputs_NJ, np.tile(labels_B > 0, len(ways)), np.tile(users_B, len(ways)), 1 / len(ways))
+    def of(cls, known: Known, labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates) -> "_Design":
+        columns = [np.stack(list(fusion_inputs(part, rates).values()), axis=1) for part in _parts(known)]
+        return cls(np.concatenate([np.zeros((0, len(NAMES))), *columns]), labels_B > 0, users_B, known.live)
 
     def only(self, chosen_N: NDArray[np.bool_]) -> "_Design":
-        return _Design(self.inputs_NJ[chosen_N], self.labels_N[chosen_N], self.user_N[chosen_N], self.weight)
+        return _Design(self.inputs_NJ[chosen_N], self.labels_N[chosen_N], self.user_N[chosen_N], self.live)
+
+    @property
+    def smaller(self) -> list[NDArray[np.bool_]]:
+        """The inputs, `(J,)`, that share each weight of the smaller model."""
+        return [COLLAB, LM, RATES] if self.live else [COLLAB, LM]
 
     @property
     def penalty_rows(self) -> float:
         """How many rows `PENALTY_USERS` users have, a row of an active user counting as often as theirs are many."""
-        rows_U = self.weight * np.unique(self.user_N, return_counts=True)[1]
+        rows_U = np.unique(self.user_N, return_counts=True)[1]
         return float(PENALTY_USERS * (rows_U**2).sum() / rows_U.sum())
 
     @property
     def enough(self) -> bool:
         """Whether there are rows enough to fit weights."""
-        positive, rows = self.weight * self.labels_N.sum(), self.weight * len(self.labels_N)
+        positive, rows = self.labels_N.sum(), len(self.labels_N)
         return bool(rows >= LEAST_ROWS and min(positive, rows - positive) >= LEAST_OF_A_CLASS)
 
 
@@ -163,28 +171,34 @@ class _Penalised:
     """A logistic loss over standardised inputs, with its penalty: a function of [intercept, weights]."""
 
     def __init__(
-        self, inputs_NJ: Doubles, design: _Design, prior_J: Doubles, low_J: Doubles, penalty_rows_J: Doubles
+        self,
+        inputs_NJ: Doubles,
+        labels_N: NDArray[np.bool_],
+        prior_J: Doubles,
+        bounds_J: tuple[Doubles, Doubles],
+        penalty_rows_J: Doubles,
     ) -> None:
         self.mean_J = inputs_NJ.mean(axis=0)
         spread_J = inputs_NJ.std(axis=0)
         # An input that never varies cannot be told from the intercept: its penalty alone decides.
         self.spread_J = np.where(spread_J > 1e-9, spread_J, 1.0)
         self.inputs_NJ = np.column_stack([np.ones(len(inputs_NJ)), (inputs_NJ - self.mean_J) / self.spread_J])
-        self.labels_N, self.weight = design.labels_N, design.weight
+        self.labels_N = labels_N
         self.prior = np.concatenate([[0.0], prior_J * self.spread_J])
         # A row weighs at most 1/4 in the curvature of a logistic loss. The intercept is not penalised.
         self.penalty = np.concatenate([[0.0], penalty_rows_J / 4])
-        self.low = np.concatenate([[-np.inf], low_J])
+        self.low, self.high = (
+            np.concatenate([[edge], one_J]) for edge, one_J in zip((-np.inf, np.inf), bounds_J, strict=True)
+        )
 
     def loss(self, weights: Doubles) -> tuple[float, Doubles]:
         """Return the mean loss and its gradient."""
         logits_N = self.inputs_NJ @ weights
         signed_N = np.where(self.labels_N, -logits_N, logits_N)
         away = weights - self.prior
-        loss = self.weight * np.logaddexp(0, signed_N).sum() + (self.penalty * away**2).sum() / 2
-        gradient = self.weight * (self.inputs_NJ.T @ self.residuals(weights)) + self.penalty * away
-        rows = self.weight * len(logits_N)
-        return float(loss / rows), gradient / rows
+        loss = np.logaddexp(0, signed_N).sum() + (self.penalty * away**2).sum() / 2
+        gradient = self.inputs_NJ.T @ self.residuals(weights) + self.penalty * away
+        return float(loss / len(logits_N)), gradient / len(logits_N)
 
     def residuals(self, weights: Doubles) -> Doubles:
         return np.asarray(expit(self.inputs_NJ @ weights) - self.labels_N)
@@ -192,12 +206,12 @@ class _Penalised:
     def curvature(self, weights: Doubles) -> Doubles:
         """Return the Hessian of the summed loss and penalty."""
         chance_N = expit(self.inputs_NJ @ weights)
-        weighted_NJ = self.inputs_NJ * (self.weight * chance_N * (1 - chance_N))[:, None]
+        weighted_NJ = self.inputs_NJ * (chance_N * (1 - chance_N))[:, None]
         return np.asarray(weighted_NJ.T @ self.inputs_NJ + np.diag(self.penalty))
 
     def minimum(self) -> Doubles:
-        bounds = [(None if np.isinf(low) else low, None) for low in self.low]
-        start = np.maximum(self.prior, self.low)
+        bounds = list(zip(self.low, self.high, strict=True))
+        start = np.clip(self.prior, self.low, self.high)
         options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-8}
         return np.asarray(minimize(self.loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x)
 
@@ -208,15 +222,22 @@ class _Penalised:
 
 
 def _fit(design: _Design, rates: Rates) -> _Fitted:
-    """Fit all weights, pulled towards a model of three; without rows enough return what needs no data."""
+    """Fit all weights, pulled towards the smaller model; without rows enough return what needs no data."""
     without_data = _prior(rates)
     if not design.enough:
         return without_data
-    three_N3 = np.column_stack([design.inputs_NJ[:, one].sum(axis=1) for one in (COLLAB, LM, RATES)])
-    prior_3 = np.array([without_data.weights_J[one].max() for one in (COLLAB, LM, RATES)])
-    small = _Penalised(three_N3, design, prior_3, np.zeros(3), np.full(3, PENALTY_ROWS))
-    prior_J = _three(*small.unscaled(small.minimum())[1])
-    whole = _Penalised(design.inputs_NJ, design, prior_J, LOW, design.penalty_rows * PENALTIES)
+    members_SJ = np.array(design.smaller)
+    size = len(members_SJ)
+    prior_S = np.array([without_data.weights_J[one_J].max() for one_J in members_SJ])
+    positive_S = np.zeros(size), np.full(size, np.inf)
+    small = _Penalised(
+        design.inputs_NJ @ members_SJ.T, design.labels_N, prior_S, positive_S, np.full(size, PENALTY_ROWS)
+    )
+    prior_J = small.unscaled(small.minimum())[1] @ members_SJ
+    cold_low, cold_high = (-np.inf, np.inf) if design.live else (0.0, 0.0)
+    bounds_J = np.where(COLD, cold_low, 0.0), np.where(COLD, cold_high, np.inf)
+    penalty_rows_J = design.penalty_rows * np.where(COLD, COLD_PENALTY, 1.0)
+    whole = _Penalised(design.inputs_NJ, design.labels_N, prior_J, bounds_J, penalty_rows_J)
     return _Fitted(*whole.unscaled(whole.minimum()), whole)
 
 
@@ -227,11 +248,7 @@ def _prior(rates: Rates) -> _Fitted:
     """
     slope = 1 / (rates.base * (1 - rates.base))
     intercept = (np.log(rates.base / (1 - rates.base)) - slope * rates.base) / 2
-    return _Fitted(float(intercept), _three(slope / 2, 0.5, 0.0))
-
-
-def _three(collab: float, lm: float, rates: float) -> Doubles:
-    return np.asarray(COLLAB * collab + LM * lm + RATES * rates)
+    return _Fitted(float(intercept), COLLAB * slope / 2 + LM * 0.5)
 
 
 def _intervals(design: _Design, fitted: _Fitted, seed: int = 0) -> tuple[Doubles, Doubles]:
@@ -241,18 +258,18 @@ def _intervals(design: _Design, fitted: _Fitted, seed: int = 0) -> tuple[Doubles
     center = np.concatenate([[fitted.intercept + fitted.weights_J @ model.mean_J], fitted.weights_J * model.spread_J])
     triangle = np.linalg.cholesky(model.curvature(center))
     _, code_N = np.unique(design.user_N, return_inverse=True)
-    each_NJ = model.inputs_NJ * (model.weight * model.residuals(center))[:, None]
+    each_NJ = model.inputs_NJ * model.residuals(center)[:, None]
     gradient_UJ = np.stack([np.bincount(code_N, weights=column) for column in each_NJ.T], axis=1)
     pull = model.penalty * (center - model.prior)
     rng = np.random.default_rng(seed)
-    bounds = (model.low - 1e-12, np.full(len(center), np.inf))
+    bounds = (model.low - 1e-12, model.high + 1e-12)  # lsq_linear wants the one below the other
     steps = []
     for _ in range(REPLICATES):
         users = len(gradient_UJ)
         drawn_U = np.bincount(rng.integers(users, size=users), minlength=users)
         target = triangle.T @ center - solve_triangular(triangle, drawn_U @ gradient_UJ + pull, lower=True)
         steps.append(lsq_linear(triangle.T, target, bounds, method="bvls").x)
-    weights_RJ = np.maximum(np.array(steps)[:, 1:], model.low[1:]) / model.spread_J
+    weights_RJ = np.clip(np.array(steps)[:, 1:], model.low[1:], model.high[1:]) / model.spread_J
     low_J, high_J = np.percentile(weights_RJ, [2.5, 97.5], axis=0)
     return np.minimum(low_J, fitted.weights_J), np.maximum(high_J, fitted.weights_J)
 
@@ -274,7 +291,4 @@ def _strength(counts: pl.DataFrame, base: float, default: float) -> float:
 
 def _parts(known: Known) -> list[Known]:
     """Cut rows into parts of `ROWS_AT_ONCE`: the inputs' products take several times the vectors' memory."""
-    return [
-        Known(**{one.name: getattr(known, one.name)[start : start + ROWS_AT_ONCE] for one in fields(known)})
-        for start in range(0, len(known.lm_K), ROWS_AT_ONCE)
-    ]
+    return [known.rows(slice(start, start + ROWS_AT_ONCE)) for start in range(0, len(known.lm_K), ROWS_AT_ONCE)]

@@ -37,7 +37,7 @@ def judge_bundle(
     """Return the report of a bundle on a split; a scorer that needs what is not there is named in "left out"."""
     counts = row_counts(dataset, split, counting, tables)
     boosting = Boosting.fit(dataset, histories, fusion.rates) if "train" in dataset.splits else None
-    scores = {SCORE: scores_of(fusion, scored.known(counts))}
+    scores = {SCORE: scores_of(fusion, scored.known(counts, live=counting.live))}
     scores |= _baselines(scored, dataset, histories, split, counting, counts, fusion.rates, boosting)
     report = judge(scores, dataset, histories, split, tables) | _circumstances(counting, dataset, boosting)
     return report | ({"chosen on valid": ["checkpoints", "fusion"]} if split == "valid" else {})
@@ -50,19 +50,19 @@ def fit_and_judge(
     labels_B = dataset.splits["valid"]["label"].to_numpy()
     users_B = histories.of_split("valid").user_code
     rates = fit_rates(dataset.splits["train"])
-    ways = {counting: row_counts(dataset, "valid", counting, tables) for counting in (STATIC, LIVE)}
-    known = [scored.known(counts) for counts in ways.values()]
-    crossed = cross_fitted(known, labels_B, users_B, rates, seed=seed)
     boosting = Boosting.fit(dataset, histories, rates, seed)
-    reports = []
-    for scores_B, (counting, counts) in zip(crossed, ways.items(), strict=True):
-        scores = {SCORE: scores_B}
+    known, crossed, reports = [], [], []
+    for counting in (STATIC, LIVE):
+        counts = row_counts(dataset, "valid", counting, tables)
+        known.append(scored.known(counts, live=counting.live))
+        crossed.append(cross_fitted(known[-1], labels_B, users_B, rates, seed=seed))
+        scores = {SCORE: crossed[-1]}
         scores |= _baselines(scored, dataset, histories, "valid", counting, counts, rates, boosting)
         report = judge(scores, dataset, histories, "valid", tables) | _circumstances(counting, dataset, boosting)
         # The fusion that judges a row was fitted on other users' rows; the checkpoints were chosen on these.
         reports.append(report | {"chosen on valid": ["checkpoints"]})
-    static, live = reports
-    return FittedFusion(fit_fusion(known, labels_B, users_B, rates), static | {WITH_LIVE_COUNTS: live}, crossed[1])
+    fusion = fit_fusion(known[0], known[1], labels_B, users_B, rates)
+    return FittedFusion(fusion, reports[0] | {WITH_LIVE_COUNTS: reports[1]}, crossed[1])
 
 
 def _baselines(

@@ -5,25 +5,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.fusion import INPUTS, PARTS, SIGNED, Fusion, Known, Rates, Weight, raw_logits
+from models.fusion import INPUTS, PARTS, SIGNED, Fusion, Known, Rates, Weight, Weights, raw_logits
 
-weights = st.floats(0, 5)
-fusions = st.builds(
-    lambda base, user, item, values, intercept: Fusion(
-        rates=Rates(base=base, user_strength=user, item_strength=item),
+one_set = st.builds(
+    lambda values, intercept: Weights(
         intercept=intercept,
         weights={name: Weight(value=one, low=one, high=one) for name, one in zip(INPUTS, values, strict=True)},
+    ),
+    st.tuples(*(st.floats(-2, 2) if name in SIGNED else st.floats(0, 5) for name in INPUTS)),
+    st.floats(-3, 3),
+)
+fusions = st.builds(
+    lambda base, user, item, static, live: Fusion(
+        rates=Rates(base=base, user_strength=user, item_strength=item), static=static, live=live
     ),
     st.floats(0.01, 0.99),
     st.floats(0.1, 100),
     st.floats(0.1, 100),
-    st.tuples(*(st.floats(-2, 2) if name in SIGNED else weights for name in INPUTS)),
-    st.floats(-3, 3),
+    one_set,
+    one_set,
 )
 counts = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda both: (sum(both), both[0]))
 
 
-def pair(user: tuple[int, int], item: tuple[int, int], lm: float = 0.3) -> Known:
+def pair(user: tuple[int, int], item: tuple[int, int], lm: float = 0.3, *, live: bool = True) -> Known:
     """One pair of a warm user and a cold item, of these impressions and positives."""
     rng = np.random.default_rng(0)
     (seen, liked), (shown, clicked) = user, item
@@ -37,35 +42,58 @@ def pair(user: tuple[int, int], item: tuple[int, int], lm: float = 0.3) -> Known
         item_positives_K=np.array([clicked]),
         cold_user_K=np.array([False]),
         cold_item_K=np.array([True]),
+        live=live,
     )
 
 
-@given(fusions, counts, counts)
+@given(fusions, st.booleans(), counts, counts)
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_a_further_positive_never_lowers_a_score_and_a_further_negative_never_raises_it(
-    fusion: Fusion, user: tuple[int, int], item: tuple[int, int]
+    fusion: Fusion, live: bool, user: tuple[int, int], item: tuple[int, int]
 ) -> None:
-    """Of the item and of the user, whatever the weights and however much is known."""
-    before = fusion.logits(pair(user, item))[0]
+    """Of the item and of the user, by either set of weights and however much is known."""
+
+    def logit(user: tuple[int, int], item: tuple[int, int]) -> float:
+        return float(fusion.logits(pair(user, item, live=live))[0])
+
+    before = logit(user, item)
     edge = 1e-9 * (1 + abs(before))
-    assert fusion.logits(pair(user, (item[0] + 1, item[1] + 1)))[0] >= before - edge
-    assert fusion.logits(pair((user[0] + 1, user[1] + 1), item))[0] >= before - edge
-    assert fusion.logits(pair(user, (item[0] + 1, item[1])))[0] <= before + edge
-    assert fusion.logits(pair((user[0] + 1, user[1]), item))[0] <= before + edge
+    assert logit(user, (item[0] + 1, item[1] + 1)) >= before - edge
+    assert logit((user[0] + 1, user[1] + 1), item) >= before - edge
+    assert logit(user, (item[0] + 1, item[1])) <= before + edge
+    assert logit((user[0] + 1, user[1]), item) <= before + edge
     if item[1] < item[0]:  # a negative that becomes a positive
-        assert fusion.logits(pair(user, (item[0], item[1] + 1)))[0] >= before - edge
+        assert logit(user, (item[0], item[1] + 1)) >= before - edge
 
 
-@given(fusions, counts, counts, st.floats(-15, 15))
+@given(fusions, st.booleans(), counts, counts, st.floats(-15, 15))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_the_parts_of_a_score_are_its_logit(
-    fusion: Fusion, user: tuple[int, int], item: tuple[int, int], lm: float
+    fusion: Fusion, live: bool, user: tuple[int, int], item: tuple[int, int], lm: float
 ) -> None:
-    known = pair(user, item, lm)
+    known = pair(user, item, lm, live=live)
     parts = fusion.parts(known)
     assert tuple(parts) == PARTS
     assert sum(float(one[0]) for one in parts.values()) == pytest.approx(fusion.logits(known)[0], abs=1e-9)
     assert fusion(known)[0] == pytest.approx(1 / (1 + np.exp(-fusion.logits(known)[0])), abs=1e-6)
+
+
+def test_static_and_live_counts_are_scored_by_their_own_weights() -> None:
+    static, live = (
+        Weights(intercept=one, weights={"lm": Weight(value=two, low=two, high=two)})
+        for one, two in ((0.1, 2.0), (0.5, 3.0))
+    )
+    fusion = Fusion(static=static, live=live)
+    assert fusion.logits(pair((3, 1), (5, 4), 0.3, live=False))[0] == pytest.approx(0.1 + 2 * 0.3)
+    assert fusion.logits(pair((3, 1), (5, 4), 0.3))[0] == pytest.approx(0.5 + 3 * 0.3)
+    assert Fusion.model_validate_json(fusion.model_dump_json()) == fusion
+
+
+def test_chosen_rows_keep_everything_that_is_known_of_them() -> None:
+    one = pair((3, 1), (5, 4), live=False)
+    known = one.rows(np.zeros(3, np.int64)).rows(slice(1, 3))
+    assert len(known.lm_K) == 2 and not known.live
+    np.testing.assert_array_equal(known.item_KC, np.repeat(one.item_KC, 2, axis=0))
 
 
 def test_the_logit_of_a_raw_score_is_finite_where_fp32_has_rounded_it_to_0_or_1() -> None:

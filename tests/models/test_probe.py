@@ -76,20 +76,20 @@ def test_a_sliding_window_shorter_than_a_prompt_is_refused() -> None:
 
 
 def test_a_window_is_refused_with_the_history_that_would_fit() -> None:
-    config = LlamaConfig(**SIZES, max_position_embeddings=600)
-    with pytest.raises(BackboneError, match="max_position_embeddings is 600 and the longest prompt takes") as refused:
-        probed(backbone_of(LlamaForCausalLM(config)))
+    config = LlamaConfig(**SIZES, max_position_embeddings=700)
+    with pytest.raises(BackboneError, match="max_position_embeddings is 700 and the longest prompt takes") as refused:
+        probed(backbone_of(LlamaForCausalLM(config)), style="paper")
     [fitting] = re.findall(r"set template\.history_tokens to (\d+) or less", str(refused.value))
-    probed(backbone_of(LlamaForCausalLM(config)), history_tokens=int(fitting))
-    with pytest.raises(BackboneError, match="max_position_embeddings is 600"):
-        probed(backbone_of(LlamaForCausalLM(config)), history_tokens=int(fitting) + 1)
+    probed(backbone_of(LlamaForCausalLM(config)), style="paper", history_tokens=int(fitting))
+    with pytest.raises(BackboneError, match="max_position_embeddings is 700"):
+        probed(backbone_of(LlamaForCausalLM(config)), style="paper", history_tokens=int(fitting) + 1)
     smaller = backbone_of(LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=280)))
     with pytest.raises(
         BackboneError, match=r"history_tokens to 0 and template\.title_tokens to \d+ or less"
     ) as refused:
-        probed(smaller)
+        probed(smaller, style="paper")
     [fitting] = re.findall(r"title_tokens to (\d+) or less", str(refused.value))
-    probed(smaller, history_tokens=0, title_tokens=int(fitting))
+    probed(smaller, style="paper", history_tokens=0, title_tokens=int(fitting))
 
 
 def test_a_bos_token_that_the_prompt_lacks_is_found() -> None:

@@ -166,7 +166,7 @@ def test_what_is_known_of_a_row_is_what_the_service_assembles(
     """Vectors, flags and the language model's logit, row by row, against a prompt assembled for the row alone."""
     scored = score_split(scorer, dataset, histories, "valid", 2048)
     counts = row_counts(dataset, "valid", LIVE)
-    known = scored.known(counts)
+    known = scored.known(counts, live=True)
     valid = dataset.splits["valid"]
     for row in range(0, valid.height, 9):
         item = scorer.tables.item(valid["item_id"][row])
@@ -177,7 +177,7 @@ def test_what_is_known_of_a_row_is_what_the_service_assembles(
         user_counts = Counts(int(counts.user_impressions_B[row]), int(counts.user_positives_B[row]))
         item_counts = Counts(int(counts.item_impressions_B[row]), int(counts.item_positives_B[row]))
         alone = known_pairs(
-            raw_valid[row : row + 1], group, (user_counts, user.cold), [(item_counts, not item.trained)]
+            raw_valid[row : row + 1], group, (user_counts, user.cold), [(item_counts, not item.trained)], live=True
         )
-        for name, value in vars(alone).items():
-            np.testing.assert_allclose(vars(known)[name][row], value[0], atol=1e-6, err_msg=name)
+        for name, value in vars(known.rows(slice(row, row + 1))).items():
+            np.testing.assert_allclose(value, vars(alone)[name], atol=1e-6, err_msg=name)

@@ -6,10 +6,10 @@ import polars as pl
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from models.fusion import INPUTS, SIGNED, Fusion, Known, Rates, Weight
+from models.fusion import INPUTS, SIGNED, Fusion, Known, Rates, Weight, Weights
 from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
 from training.data.dataset import Dataset
-from training.fusion import cross_fitted, fit_fusion, fit_rates, scores_of
+from training.fusion import cross_fitted, fit_fusion, fit_rates, fit_weights, scores_of
 
 USERS, ITEMS, WIDTH = 300, 120, 6
 
@@ -25,15 +25,24 @@ class World:
     user_B: np.ndarray
     labels_B: np.ndarray
 
-    def known(self, counts: RowCounts) -> Known:
+    def known(self, counts: RowCounts, *, live: bool = True) -> Known:
         cold = np.zeros(len(self.lm_B), bool)
         return Known(
             self.lm_B, self.user_BC, self.item_BC, counts.user_impressions_B, counts.user_positives_B,
-            counts.item_impressions_B, counts.item_positives_B, cold, cold,
+            counts.item_impressions_B, counts.item_positives_B, cold, cold, live,
         )  # fmt: skip
 
-    def ways(self) -> list[Known]:
-        return [self.known(row_counts(self.dataset, "valid", counting)) for counting in (STATIC, LIVE)]
+    def counted(self, counting: Counting) -> Known:
+        return self.known(row_counts(self.dataset, "valid", counting), live=counting.live)
+
+    def rates(self) -> Rates:
+        return fit_rates(self.dataset.splits["train"])
+
+    def weights(self, counting: Counting) -> Weights:
+        return fit_weights(self.counted(counting), self.labels_B, self.user_B, self.rates())
+
+    def fusion(self) -> Fusion:
+        return fit_fusion(self.counted(STATIC), self.counted(LIVE), self.labels_B, self.user_B, self.rates())
 
 
 def world(label_of: Callable[..., np.ndarray], *, rows: int = 4000, valid: int = 2000, seed: int = 0) -> World:
@@ -84,8 +93,8 @@ def planted(
 def test_without_anything_to_learn_no_label_leaks_into_a_cross_fitted_score(seed: int) -> None:
     """An AUC of 2,000 random labels has a standard error of 0.013."""
     drawn = world(at_random, seed=seed)
-    scores = cross_fitted(drawn.ways(), drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
-    for scores_B in scores:
+    for counting in (STATIC, LIVE):
+        scores_B = cross_fitted(drawn.counted(counting), drawn.labels_B, drawn.user_B, drawn.rates())
         assert roc_auc_score(drawn.labels_B, scores_B) == pytest.approx(0.5, abs=0.045)
 
 
@@ -94,8 +103,8 @@ def test_without_anything_to_learn_no_label_leaks_into_a_cross_fitted_score(seed
 )
 def test_the_test_above_can_see_a_leak(delay: float, leak: str) -> None:
     drawn = world(at_random)
-    leaking = [drawn.known(row_counts(drawn.dataset, "valid", Counting(live=True, delay=delay)))]
-    [scores_B] = cross_fitted(leaking, drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
+    leaking = drawn.counted(Counting(live=True, delay=delay))
+    scores_B = cross_fitted(leaking, drawn.labels_B, drawn.user_B, drawn.rates())
     assert roc_auc_score(drawn.labels_B, scores_B) > 0.6, leak
 
 
@@ -105,11 +114,11 @@ def test_labels_of_a_fold_do_not_reach_its_own_scores() -> None:
     The two numbers that all folds share, the logits' mean and spread, do move: by one map for all rows of the fold.
     """
     drawn = world(planted)
-    rates, [static, _] = fit_rates(drawn.dataset.splits["train"]), drawn.ways()
+    rates, static = drawn.rates(), drawn.counted(STATIC)
     mine_B = drawn.user_B == drawn.user_B[0]
     turned_B = np.where(mine_B, 1 - drawn.labels_B, drawn.labels_B)
-    [before_B] = cross_fitted([static], drawn.labels_B, drawn.user_B, rates)
-    [after_B] = cross_fitted([static], turned_B, drawn.user_B, rates)
+    before_B = cross_fitted(static, drawn.labels_B, drawn.user_B, rates)
+    after_B = cross_fitted(static, turned_B, drawn.user_B, rates)
     before_B, after_B = (np.log(one) - np.log1p(-one) for one in (before_B, after_B))
     assert np.ptp(before_B[mine_B]) > 0.5
     slope, shift = np.polyfit(before_B[mine_B], after_B[mine_B], 1)
@@ -130,48 +139,88 @@ def test_a_scorer_loses_nothing_by_cross_fitting_where_users_differ_in_what_they
     known = replace(
         drawn.known(nobody), user_KC=np.zeros((3000, 3), np.float32), item_KC=np.zeros((3000, 3), np.float32)
     )
-    [scores_B] = cross_fitted([known], drawn.labels_B, drawn.user_B, Rates())
+    scores_B = cross_fitted(known, drawn.labels_B, drawn.user_B, Rates())
     assert roc_auc_score(drawn.labels_B, scores_B) == pytest.approx(roc_auc_score(drawn.labels_B, drawn.lm_B), abs=1e-4)
 
 
-def test_planted_weights_are_found_and_lie_in_their_intervals() -> None:
-    drawn = world(planted, rows=24_000, valid=20_000)
-    fusion = fit_fusion(drawn.ways(), drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
-    assert fusion.weights["lm"].value == pytest.approx(0.7, abs=0.06)
+@pytest.mark.parametrize("counting", [STATIC, LIVE])
+def test_planted_weights_are_found_and_lie_in_their_intervals(counting: Counting) -> None:
+    weights = world(planted, rows=24_000, valid=20_000).weights(counting).weights
+    assert weights["lm"].value == pytest.approx(0.7, abs=0.06)
     for name in ("user_bias", "item_bias", "taste"):
-        assert fusion.weights[name].value == pytest.approx(2.0, abs=0.25), name
-    for name, weight in fusion.weights.items():
+        assert weights[name].value == pytest.approx(2.0, abs=0.25), name
+    for name, weight in weights.items():
         assert weight.low <= weight.value <= weight.high, name
-    lm = fusion.weights["lm"]
+    lm = weights["lm"]
     assert lm.low < 0.7 < lm.high and 0.02 < lm.high - lm.low < 0.2
 
 
 def test_intervals_are_those_of_many_fits_on_users_drawn_anew() -> None:
     drawn = world(planted)
-    rates, ways = fit_rates(drawn.dataset.splits["train"]), drawn.ways()
+    rates, known = drawn.rates(), drawn.counted(LIVE)
     rows_of = [np.flatnonzero(drawn.user_B == user) for user in np.unique(drawn.user_B)]
     rng = np.random.default_rng(1)
     fitted = []
     for _ in range(60):
         rows = np.concatenate([rows_of[one] for one in rng.integers(0, len(rows_of), len(rows_of))])
-        again = [Known(**{name: value[rows] for name, value in vars(known).items()}) for known in ways]
-        fitted.append(fit_fusion(again, drawn.labels_B[rows], drawn.user_B[rows], rates).weights["lm"].value)
+        again = fit_weights(known.rows(rows), drawn.labels_B[rows], drawn.user_B[rows], rates)
+        fitted.append(again.weights["lm"].value)
     low, high = np.percentile(fitted, [2.5, 97.5])
-    lm = fit_fusion(ways, drawn.labels_B, drawn.user_B, rates).weights["lm"]
+    lm = drawn.weights(LIVE).weights["lm"]
     assert (lm.low, lm.high) == pytest.approx((low, high), abs=0.4 * (high - low))
 
 
-def test_no_input_but_the_cold_flags_ever_hurts() -> None:
+@pytest.mark.parametrize("counting", [STATIC, LIVE])
+def test_no_input_but_the_cold_flags_ever_hurts(counting: Counting) -> None:
     """Labels against every input: the weights stop at zero, and one more positive never lowers a score."""
     drawn = world(lambda *given: -planted(*given))
-    ways = drawn.ways()
-    fusion = fit_fusion(ways, drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
-    assert tuple(fusion.weights) == tuple(INPUTS)
-    assert all(weight.low >= 0 for name, weight in fusion.weights.items() if name not in SIGNED)
-    assert fusion.weights["lm"].value == 0
-    known = ways[1]
+    weights, fusion, known = drawn.weights(counting).weights, drawn.fusion(), drawn.counted(counting)
+    assert tuple(weights) == tuple(INPUTS)
+    assert all(weight.low >= 0 for name, weight in weights.items() if name not in SIGNED)
+    assert weights["lm"].value == 0
     liked = replace(known, item_impressions_K=known.item_impressions_K + 1, item_positives_K=known.item_positives_K + 1)
     assert (fusion.logits(liked) >= fusion.logits(known) - 1e-12).all()
+
+
+def test_only_live_counts_give_the_cold_flags_weight() -> None:
+    """Cold users like more than others do: the live weights use the flag, the static weights do not."""
+
+    def by_coldness(rng: np.random.Generator, user_N: np.ndarray, *rest: object) -> np.ndarray:
+        return np.where(user_N % 2 == 0, 1.0, -1.0)
+
+    drawn = world(by_coldness)
+    fitted = {}
+    for counting in (STATIC, LIVE):
+        known = replace(drawn.counted(counting), cold_user_K=drawn.user_B % 2 == 0)
+        fitted[counting] = fit_weights(known, drawn.labels_B, drawn.user_B, drawn.rates()).weights
+    assert fitted[LIVE]["cold_user"].value > 0.2
+    for name in SIGNED:
+        assert fitted[STATIC][name] == Weight(value=0, low=0, high=0)
+
+
+def test_only_live_rates_are_in_the_model_that_few_rows_stay_near() -> None:
+    """100 rows of two users: the penalty on all weights is as much as these rows."""
+
+    def liked(rng: np.random.Generator, user_N: np.ndarray, item_N: np.ndarray, *rest: object) -> np.ndarray:
+        return np.asarray(rng.normal(0, 3, ITEMS)[item_N])
+
+    drawn = world(liked)
+    users_B = np.arange(100) % 2
+    same = drawn.counted(LIVE).rows(slice(100))  # the same counts, called static and live
+    static, live = (
+        fit_weights(replace(same, live=one), drawn.labels_B[:100], users_B, drawn.rates()).weights["item_rate"].value
+        for one in (False, True)
+    )
+    assert 0 < static < 0.8 * live
+
+
+def test_each_way_of_counting_is_fitted_by_itself_and_they_cannot_be_mixed_up() -> None:
+    drawn = world(planted)
+    fusion = drawn.fusion()
+    assert (fusion.static, fusion.live) == (drawn.weights(STATIC), drawn.weights(LIVE))
+    assert fusion.static != fusion.live
+    with pytest.raises(ValueError, match="give static counts, then live ones"):
+        fit_fusion(drawn.counted(LIVE), drawn.counted(STATIC), drawn.labels_B, drawn.user_B, drawn.rates())
 
 
 def test_rates_raise_the_score_of_what_was_liked_more_often() -> None:
@@ -179,17 +228,15 @@ def test_rates_raise_the_score_of_what_was_liked_more_often() -> None:
         return np.asarray(rng.normal(0, 1.5, ITEMS)[item_N])
 
     drawn = world(liked)
-    rates = fit_rates(drawn.dataset.splits["train"])
-    known = drawn.ways()[1]
-    fusion = fit_fusion([known], drawn.labels_B, drawn.user_B, rates)
+    known, fusion = drawn.counted(LIVE), drawn.fusion()
     more = replace(known, item_impressions_K=known.item_impressions_K + 1, item_positives_K=known.item_positives_K + 1)
     assert (fusion.logits(more) > fusion.logits(known)).all()
 
 
-def test_the_parts_sum_to_the_logit() -> None:
+@pytest.mark.parametrize("counting", [STATIC, LIVE])
+def test_the_parts_sum_to_the_logit(counting: Counting) -> None:
     drawn = world(planted)
-    known = drawn.ways()[1]
-    fusion = fit_fusion([known], drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
+    known, fusion = drawn.counted(counting), drawn.fusion()
     scores_B = fusion(known)
     logit_B = np.sum([*fusion.parts(known).values()], axis=0)
     np.testing.assert_allclose(1 / (1 + np.exp(-logit_B)), scores_B, atol=1e-6)
@@ -198,34 +245,38 @@ def test_the_parts_sum_to_the_logit() -> None:
 
 def test_scores_in_parts_are_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = world(planted)
-    known = drawn.ways()[0]
-    fusion = fit_fusion([known], drawn.labels_B, drawn.user_B, Rates())
+    known, fusion = drawn.counted(STATIC), drawn.fusion()
     monkeypatch.setattr("training.fusion.ROWS_AT_ONCE", 300)
     np.testing.assert_array_equal(scores_of(fusion, known), fusion(known))
-    assert fit_fusion([known], drawn.labels_B, drawn.user_B, Rates()) == fusion
+    assert drawn.fusion() == fusion
 
 
+@pytest.mark.parametrize("counting", [STATIC, LIVE])
 @pytest.mark.parametrize(("rows", "positive"), [(2000, 0), (2000, 2000), (2000, 9), (40, 20)])
-def test_too_few_rows_or_one_class_leave_the_mean_of_both_predictions(rows: int, positive: int) -> None:
+def test_too_few_rows_or_one_class_leave_the_mean_of_both_predictions(
+    rows: int, positive: int, counting: Counting
+) -> None:
     drawn = world(planted)
-    known = Known(**{name: value[:rows] for name, value in vars(drawn.ways()[0]).items()})
+    known = drawn.counted(counting).rows(slice(rows))
     labels_B = (np.arange(rows) < positive).astype(np.int8)
-    fusion = fit_fusion([known], labels_B, drawn.user_B[:rows], Rates(base=0.5))
+    fitted = fit_weights(known, labels_B, drawn.user_B[:rows], Rates(base=0.5))
     # At a base rate of 0.5 the log-odds of a prediction p are 4 (p - 0.5) to first order.
-    assert fusion.weights["lm"] == Weight(value=0.5, low=0.5, high=0.5)
-    assert fusion.weights["taste"].value == 2.0 and fusion.weights["item_rate"].value == 0
-    assert fusion.intercept == -1.0
-    [scores_B] = cross_fitted([known], labels_B, drawn.user_B[:rows], Rates(base=0.5))
+    assert fitted.weights["lm"] == Weight(value=0.5, low=0.5, high=0.5)
+    assert fitted.weights["taste"].value == 2.0 and fitted.weights["item_rate"].value == 0
+    assert fitted.intercept == -1.0
+    scores_B = cross_fitted(known, labels_B, drawn.user_B[:rows], Rates(base=0.5))
+    fusion = Fusion(rates=Rates(base=0.5), static=fitted, live=fitted)
     np.testing.assert_allclose(scores_B, fusion(known), atol=1e-6)
 
 
-def test_a_fit_on_few_rows_stays_near_the_model_of_three_weights() -> None:
+@pytest.mark.parametrize("counting", [STATIC, LIVE])
+def test_a_fit_on_few_rows_stays_near_the_smaller_model(counting: Counting) -> None:
     """60 rows cannot tell ten weights apart; without a penalty some of them would run away."""
     drawn = world(planted)
-    known = [Known(**{name: value[:60] for name, value in vars(one).items()}) for one in drawn.ways()]
-    fusion = fit_fusion(known, drawn.labels_B[:60], drawn.user_B[:60], fit_rates(drawn.dataset.splits["train"]))
+    known = drawn.counted(counting).rows(slice(60))
+    fitted = fit_weights(known, drawn.labels_B[:60], drawn.user_B[:60], drawn.rates())
     for name in ("user_bias", "item_bias", "taste"):
-        assert 0.5 < fusion.weights[name].value < 6, name
+        assert 0.5 < fitted.weights[name].value < 6, name
 
 
 def test_the_base_rate_is_the_weighted_share_and_strengths_are_those_planted() -> None:
@@ -262,8 +313,4 @@ def test_tiny_train_gives_usable_rates(labels: list[int]) -> None:
 
 def test_fusions_are_equal_for_equal_rows() -> None:
     drawn = world(planted)
-    fitted: list[Fusion] = [
-        fit_fusion(drawn.ways(), drawn.labels_B, drawn.user_B, fit_rates(drawn.dataset.splits["train"]))
-        for _ in range(2)
-    ]
-    assert fitted[0] == fitted[1]
+    assert drawn.fusion() == drawn.fusion()

@@ -54,8 +54,8 @@ async def test_a_split_replayed_through_the_service_gets_the_scores_of_evaluate_
     # A forward of another size rounds differently.
     np.testing.assert_allclose(raw_B, scored.raw_B, atol=5e-6)
     scored = replace(scored, raw_B=raw_B)
-    np.testing.assert_allclose(score_B, scores_of(bundle.fusion(), scored.known(counts)), atol=1e-6)
-    at_first = scored.known(row_counts(in_one_second(data), "test", LIVE))
+    np.testing.assert_allclose(score_B, scores_of(bundle.fusion(), scored.known(counts, live=True)), atol=1e-6)
+    at_first = scored.known(row_counts(in_one_second(data), "test", LIVE), live=True)
     assert np.abs(scores_of(bundle.fusion(), at_first) - score_B).max() > 1e-3  # outcomes do move later scores
 
 

@@ -61,6 +61,10 @@ def test_live_counts_change_the_score_and_what_is_counted_and_nothing_else(
     for name in ("rates", "boosting"):
         assert live["scorers"][name] != static["scorers"][name]
     assert live["all"] != static["all"]
+    labels_B = whole.splits["test"]["label"]
+    for counting, report in ((STATIC, static), (LIVE, live)):
+        known = scored_test.known(row_counts(whole, "test", counting), live=counting.live)
+        assert report["all"]["auc"]["value"] == pytest.approx(roc_auc_score(labels_B, bundle.fusion()(known)))
     for name in ("raw", "collab"):
         assert live["scorers"][name] == static["scorers"][name]
     waiting = judged(bundle, scorer, scored_test, whole, Counting(live=True, delay=10.0**9))
@@ -95,11 +99,14 @@ def test_fit_judges_valid_by_fusions_of_other_users_and_says_what_valid_chose(
     fusion, report, live_B = fit_and_judge(scored_valid, dataset, histories, scorer.tables, 0)
     labels_B, users_B = dataset.splits["valid"]["label"].to_numpy(), histories.of_split("valid").user_code
     rates = fit_rates(dataset.splits["train"])
-    known = [scored_valid.known(row_counts(dataset, "valid", counting)) for counting in (STATIC, LIVE)]
-    assert fusion == fit_fusion(known, labels_B, users_B, rates)
+    known = [
+        scored_valid.known(row_counts(dataset, "valid", counting), live=counting.live) for counting in (STATIC, LIVE)
+    ]
+    assert fusion == fit_fusion(known[0], known[1], labels_B, users_B, rates)
     live = report[WITH_LIVE_COUNTS]
-    np.testing.assert_array_equal(live_B, cross_fitted(known, labels_B, users_B, rates)[1])
-    for part, scores_B in zip((report, live), cross_fitted(known, labels_B, users_B, rates), strict=True):
+    crossed = [cross_fitted(one, labels_B, users_B, rates) for one in known]
+    np.testing.assert_array_equal(live_B, crossed[1])
+    for part, scores_B in zip((report, live), crossed, strict=True):
         assert part["all"]["auc"]["value"] == pytest.approx(roc_auc_score(labels_B, scores_B))
         assert part["chosen on valid"] == ["checkpoints"]
         assert list(part["scorers"]) == ["raw", "collab", "rates", "boosting"]

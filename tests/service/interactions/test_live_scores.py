@@ -46,7 +46,9 @@ class Offline:
         self.users.pop(user_id, None)
         self.deleted.add(user_id)
 
-    def logit(self, user_id: str, result: dict[str, Any], user_C: np.ndarray, item_C: np.ndarray) -> float:
+    def logit(
+        self, user_id: str, result: dict[str, Any], user_C: np.ndarray, item_C: np.ndarray, *, live: bool = True
+    ) -> float:
         user = None if user_id in self.deleted else self.tables.user(user_id)
         item = self.tables.item(result["item_id"])
         of_user = (user.counts if user else Counts()) + self.users.get(user_id, Counts())
@@ -62,6 +64,7 @@ class Offline:
             item_positives_K=np.array([of_item.positives]),
             cold_user_K=np.array([user is None or user.vector_C is None]),
             cold_item_K=np.array([item is None or not item.trained]),
+            live=live,
         )
         return float(self.fusion.logits(known)[0])
 
@@ -208,7 +211,7 @@ async def test_parts_are_there_only_where_they_are_asked_for(client: httpx.Async
     assert refused.status_code == 422 and refused.json()["error"]["field"] == "explain"
 
 
-async def test_without_a_log_the_bundles_counts_stand_and_the_answer_says_so(
+async def test_without_a_log_the_bundles_counts_and_their_weights_stand_and_the_answer_says_so(
     bundle: Bundle, model: ScoringModel, tmp_path: Path
 ) -> None:
     engine = DirectEngine(PackedModel(bundle, model, batch_tokens=600))
@@ -223,7 +226,13 @@ async def test_without_a_log_the_bundles_counts_stand_and_the_answer_says_so(
         while (found := (await client.post("/rank", json=body)).json())["counts"] == "bundle":
             assert time.monotonic() < until
             await asyncio.sleep(0.1)
-        assert found["results"] == without["results"]  # nothing has been counted yet
+    offline = Offline(bundle)  # nothing has been counted yet
+    user, item = offline.tables.user("u1"), offline.tables.item("i1")
+    assert user is not None and user.vector_C is not None and item is not None
+    for answer in (without, found):
+        [result] = answer["results"]
+        logit = offline.logit("u1", result, user.vector_C, item.collab_C, live=answer["counts"] == "live")
+        assert result["score"] == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6), answer["counts"]
     await service.interactions.close()
 
 
