@@ -114,7 +114,7 @@ def prepare(run: Run, dataset: Dataset, histories: Histories, base: Base | None)
         RunError: the run that is resumed began with another backbone.
     """
     base = base or made_by_the_run(run, pretrain(run, dataset, histories))
-    run.pin("backbone", {"id": base.id, "revision": base.source.revision})
+    run.pin("backbone", {"id": base.id})
     source = base.source.folder
     examples = Examples(dataset, histories, Template(run.config.template, base.encoder))
     dtype = run.config.number_type(TINY if base.source.name == BACKBONE else base.source.name)

@@ -3,14 +3,13 @@
 from typing import Any
 
 import numpy as np
-import torch
 
-from training.examples import Examples, Targets
+from training.examples import Examples
 from training.metrics import paired_difference
 from training.prediction import figures
 from training.run import Run, read_tensors
 from training.stages.align import Collab
-from training.stages.project import Projected, folded_users
+from training.stages.project import Projected, collab_predictions
 
 
 def stage_report(run: Run, examples: Examples, collab: Collab, result: Projected) -> dict[str, Any]:
@@ -51,12 +50,3 @@ def verdict_sentences(report: dict[str, Any], split: str) -> list[str]:
                     f" ({-gap['high']:.3f} to {-gap['low']:.3f})."
                 )
     return losses or [f"score loses to none of {', '.join(report['score minus'])} on {where}."]
-
-
-def collab_predictions(examples: Examples, collab: Collab, targets: Targets) -> np.ndarray:
-    """Return stage 2's predictions, `(B,)`, with the vectors that are served: new users are folded in."""
-    users_BC = collab.user_vectors_UC[torch.from_numpy(targets.user_B).long()].numpy()
-    new_B1 = ~collab.user_trained_U.numpy()[targets.user_B][:, None]
-    users_BC = np.where(new_B1, folded_users(examples, targets, collab).numpy(), users_BC)
-    predicted_B: np.ndarray = (users_BC * collab.item_vectors_IC.numpy()[targets.item_B]).sum(-1).astype(np.float64)
-    return predicted_B

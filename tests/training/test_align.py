@@ -18,9 +18,9 @@ from training.data.history import build_histories
 from training.data.synthetic import SyntheticConfig, draw_tables, plant
 from training.examples import Examples
 from training.metrics import auc
-from training.report import collab_predictions
 from training.run import Run, read_tensors
 from training.stages.align import Collab, align, align_loss, fit_prior
+from training.stages.project import collab_predictions
 
 Runs = Callable[..., Run]
 

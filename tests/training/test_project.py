@@ -16,22 +16,24 @@ from models.prompt_tree import TreeModel
 from tests.training.micro import Trained
 from training.examples import Examples, forwards
 from training.prediction import figures
-from training.report import collab_predictions
 from training.run import Run, read_tensors
 from training.stages.adapt import adapt
 from training.stages.align import Collab, align
 from training.stages.influence import Influence, influence
 from training.stages.project import (
     KIND,
+    LM_WEIGHT,
     Head,
     Projected,
     SlotForward,
     SlotTables,
+    collab_predictions,
     folded_users,
     initial_head,
     initial_projections,
     project,
 )
+from training.stages.text_prior import users_of_labels
 
 Runs = Callable[..., Run]
 SCHEDULE = {"epochs": 0.5, "learning_rate": 0.003}
@@ -253,10 +255,10 @@ def test_the_correction_begins_at_stage_2_and_never_ends_below_it(
     valid = examples.targets("valid", 16)
     stage_2 = figures(collab_predictions(examples, collab, valid), valid)
     assert run.config.project.form == "correction"
-    assert result.evaluations[0]["auc"] == pytest.approx(stage_2["auc"], abs=1e-6)
+    assert result.evaluations[0]["auc"] == pytest.approx(stage_2["auc"], abs=0.01)
     assert figures(result.valid_logits_B, valid)["auc"] >= stage_2["auc"] - 1e-6
     now = last_parameters(tmp_path / "project.safetensors")
-    assert float(now["head.lm_weight"]) != 0
+    assert float(now["head.lm_weight"]) != LM_WEIGHT
     start = initial_projections(run, merged, collab)
     for name, one in start.named_parameters():
         assert not torch.equal(now[f"projections.{name}"], one.detach()), name
@@ -273,6 +275,30 @@ def test_the_head_starts_without_what_own_labels_did(
     nothing = Influence(torch.zeros_like(own_label.user_BC), torch.zeros_like(own_label.item_BC))
     slope, biased = (initial_head(run, collab, train_rows, one).slope.item() for one in (own_label, nothing))
     assert 0 < slope < biased
+
+
+def test_the_head_starts_with_a_positive_slope_whatever_train_holds(
+    new_run: Runs, examples: Examples, collab: Collab, tmp_path: Path
+) -> None:
+    run, rows = new_run(tmp_path), examples.targets("train", 16)
+    own_label = influence(collab, rows, run.config.align)
+    one_class = replace(rows, label_B=np.ones_like(rows.label_B))
+    against = replace(rows, label_B=1 - rows.label_B)  # stage 2's predictions are worse than chance
+    for targets in (one_class, against):
+        head = initial_head(run, collab, targets, own_label)
+        assert head.slope.item() > 0 and np.isfinite(head.intercept.item())
+
+
+def test_the_scale_of_the_weights_changes_no_vector(
+    examples: Examples, collab: Collab, new_run: Runs, tmp_path: Path
+) -> None:
+    rows, config = examples.targets("train", 16), new_run(tmp_path).config.align
+    tiny = replace(rows, weight_B=rows.weight_B * np.float32(1e-6))
+    users, items = collab.user_vectors_UC.numpy(), collab.item_vectors_IC.numpy()
+    ours, theirs = (users_of_labels(users, items, one, config) for one in (rows, tiny))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    ours, theirs = (influence(collab, one, config).user_BC for one in (rows, tiny))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_a_fresh_projection_knows_nothing_of_stage_2(

@@ -17,9 +17,9 @@ from torch import Tensor
 from training.config import AlignConfig
 from training.examples import Int32, Targets
 from training.stages.align import Collab
+from training.stages.text_prior import LEAST_DECAY
 
 Doubles = NDArray[np.float64]
-LEAST_DECAY = 1e-3  # without any penalty a user of few rows has no one solution
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def influence(collab: Collab, targets: Targets, config: AlignConfig) -> Influenc
     def moved(owner_B: Int32, other_BC: Doubles, bias: int, decay: float) -> Tensor:
         # A user's vector ends in b_u, 1 and an item's in 1, b_i: the constants were not fitted.
         free = [*range(b_u), bias]
-        decay_F = np.array([config.factor_decay] * b_u + [decay]) * targets.weight_B.mean()
-        decay_F = np.maximum(decay_F, LEAST_DECAY)
+        decay_F = np.maximum([config.factor_decay] * b_u + [decay], LEAST_DECAY) * targets.weight_B.mean()
         moved_BC = np.zeros(other_BC.shape, np.float32)
         moved_BC[:, free] = _left_out(owner_B, other_BC[:, free], residual_B, targets.weight_B, decay_F)
         return torch.from_numpy(moved_BC)

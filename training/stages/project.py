@@ -6,8 +6,9 @@ target's user is folded in from its history and its item mapped from its text, s
 
 In the paper's form the language model's logit is the answer, and on a small model or little data it ends below the
 matrix factorisation that it reads. The default form begins at stage 2 and can only add: the answer's logit is the
-calibrated collaborative prediction plus the language model's logit times a weight that starts at zero. The vectors stay
-as stage 2 left them, since the prediction is made of them.
+calibrated collaborative prediction plus the language model's logit times a small weight. The vectors stay as stage 2
+left them, since the prediction is made of them. Where no checkpoint is better on valid, stage 2's prediction stays the
+answer.
 
 Shapes: K targets of a forward, B rows, U users, I items, C = d_C, D = d_L.
 """
@@ -33,6 +34,7 @@ from training.stages.align import Collab
 from training.stages.influence import Influence, influence
 
 KIND = PromptKind.PROJECT
+LM_WEIGHT = 0.05  # of the language model's logit at the start, and the least
 HEAD_RATE = 5.0  # learning rate of the head, relative to the projections'
 
 
@@ -94,7 +96,11 @@ class SlotTables(nn.Module):
 
 
 class Head(nn.Module):
-    """How the language model's logit becomes the stage's answer."""
+    """How the language model's logit becomes the stage's answer.
+
+    The logit's weight is always positive: the projections must learn a logit that helps, not one to subtract, because
+    the fusion of `score` takes no negative weight.
+    """
 
     def __init__(self, slope: float, intercept: float, lm_weight: float) -> None:
         super().__init__()
@@ -104,7 +110,7 @@ class Head(nn.Module):
 
     def forward(self, lm_K: Tensor, collab_K: Tensor) -> Tensor:
         """Return the answers' logits, `(K,)`."""
-        logits_K: Tensor = self.slope * collab_K + self.intercept + self.lm_weight * lm_K
+        logits_K: Tensor = self.slope * collab_K + self.intercept + self.lm_weight.clamp(min=LM_WEIGHT) * lm_K
         return logits_K
 
 
@@ -115,11 +121,19 @@ def initial_head(run: Run, collab: Collab, train: Targets, own_label: Influence)
     """
     if run.config.project.form == "paper":
         return Head(0.0, 0.0, 1.0).requires_grad_(False)
+    base = float(np.average(train.label_B, weights=train.weight_B).clip(1 / (len(train) + 2), 1 - 1 / (len(train) + 2)))
     users_BC = collab.user_vectors_UC[torch.from_numpy(train.user_B).long()] - own_label.user_BC
     items_BC = collab.item_vectors_IC[torch.from_numpy(train.item_B).long()] - own_label.item_BC
     predicted_B1 = (users_BC * items_BC).sum(-1, keepdim=True).double().numpy()
-    fitted = LogisticRegression(C=1e6).fit(predicted_B1, train.label_B > 0, train.weight_B)
-    return Head(float(max(fitted.coef_[0, 0], 0.0)), float(fitted.intercept_[0]), 0.0)
+    # Matrix factorisation predicts the label itself, so this is its slope in log-odds if it is right. Where it knows
+    # little, leaving own labels out turns the fitted slope down, even below zero.
+    expected = 1 / (base * (1 - base))
+    slope = expected
+    if 0 < train.label_B.mean() < 1:
+        slope = LogisticRegression(C=1e6).fit(predicted_B1, train.label_B > 0, train.weight_B).coef_[0, 0]
+    slope = float(np.clip(slope, expected / 10, expected * 2))
+    mean = float(np.average(predicted_B1[:, 0], weights=train.weight_B))
+    return Head(slope, float(np.log(base / (1 - base))) - slope * mean, LM_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -235,8 +249,22 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
                 loop.backward(loss / total)
     loop.keep_best()
     logits_B = forward.predict(examples, judged)
+    if config.form == "correction":
+        stage_2_B = collab_predictions(examples, collab, valid)
+        if figures(stage_2_B, judged)["auc"] > figures(logits_B, judged)["auc"]:
+            run.say("project: no checkpoint is better than stage 2 on valid, whose prediction stays")
+            logits_B = stage_2_B
     final = {name: tensor.cpu() for name, tensor in tables.final().items()}
     return Projected(final, projections.cpu(), logits_B, loop.evaluations)
+
+
+def collab_predictions(examples: Examples, collab: Collab, targets: Targets) -> np.ndarray:
+    """Return stage 2's predictions, `(B,)`, with the vectors that are served: new users are folded in."""
+    users_BC = collab.user_vectors_UC[torch.from_numpy(targets.user_B).long()].numpy()
+    new_B1 = ~collab.user_trained_U.numpy()[targets.user_B][:, None]
+    users_BC = np.where(new_B1, folded_users(examples, targets, collab).numpy(), users_BC)
+    predicted_B: np.ndarray = (users_BC * collab.item_vectors_IC.numpy()[targets.item_B]).sum(-1).astype(np.float64)
+    return predicted_B
 
 
 def folded_users(examples: Examples, targets: Targets, collab: Collab) -> Tensor:
@@ -258,5 +286,5 @@ def _rates(
         named = {f"tables.{name}": one for name, one in tables.named_parameters()}
         return [*rates, (named, config.table_rate, config.table_decay)]
     tables.requires_grad_(False)
-    # Three numbers, one of which starts at zero and lets no gradient through to the projections until it moves.
+    # Three numbers, one of which starts near zero and lets little gradient through to the projections until it moves.
     return [*rates, ({f"head.{name}": one for name, one in head.named_parameters()}, HEAD_RATE, 0.0)]

@@ -19,6 +19,7 @@ from training.examples import Int32, Targets
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
 FOLDS = 5
+LEAST_DECAY = 1e-3  # without any penalty a user of few rows has no one solution; in interactions
 
 
 def items_under_text_prior(
@@ -87,7 +88,7 @@ def _correct(
 
     `free` are the dimensions that are fitted: a user's vector is [p, b_u, 1] and an item's [q, 1, b_i].
     """
-    penalty_FF = np.diag(np.maximum(np.array(penalty_F) * train.weight_B.mean(), 1e-3))
+    penalty_FF = np.diag(np.maximum(np.array(penalty_F), LEAST_DECAY) * train.weight_B.mean())
     order = np.argsort(own_B, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(own_B[order])) + 1):
         own, others_NC = own_B[rows[0]], other_EC[other_B[rows]].astype(np.float64)
