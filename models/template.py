@@ -38,7 +38,7 @@ class TemplateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     noun: str = Field("movie", min_length=1, max_length=40, description="what an item is called")
-    plural: str = Field("movies", min_length=1, max_length=40, description="what several items are called")
+    plural: str = Field("movies", min_length=1, max_length=40, description="the plural of the noun")
     style: Literal["compact", "paper"] = Field("compact", description="paper: the words of the paper's figures")
     max_history: int = Field(10, ge=0, le=200, description="the paper's window: the last ten liked items")
     window: Literal["sliding", "anchored"] = Field(
@@ -51,7 +51,7 @@ class TemplateConfig(BaseModel):
         description="how many items an anchored window drops at once; half the window keeps 6 to 10 of 10",
     )
     title_tokens: int = Field(48, ge=1, description="cap of one title; ML-1M's longest is 30 in Qwen2's vocabulary")
-    history_tokens: int = Field(512, ge=0, description="budget of the history; the oldest titles give way")
+    history_tokens: int = Field(512, ge=0, description="limit of the history; the oldest titles are left out")
 
 
 @dataclass(frozen=True, slots=True)
