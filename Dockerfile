@@ -35,8 +35,8 @@ COPY training training
 COPY service service
 RUN pip install --no-deps --force-reinstall .
 
-# The weights of the demo's language model: no container fetches any. The stand-in `tiny` has none. Readable by the
-# images' user, whatever the rights of the files that the command writes.
+# The weights of the demo's language model, so that no container downloads weights. The stand-in `tiny` has none. The
+# last command makes the files readable for the images' user.
 FROM build-cpu AS backbone
 ARG DEMO_BACKBONE=smollm2-135m
 # The versions are in the constraints.

@@ -25,8 +25,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-# Train a bundle on drawn clicks on real films, serve it, rank once, evaluate, and go on serving; ONCE=1 stops there.
-# DEMO_BACKBONE=tiny needs no weights.
+# Train a bundle on generated clicks on real films, serve it, rank once, evaluate, and go on serving. ONCE=1 stops after
+# the evaluation. DEMO_BACKBONE=tiny downloads no weights.
 demo: $(VENV)/.installed
 	@$(BIN)/python deploy/demo.py $(if $(ONCE),--once)
 

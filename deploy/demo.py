@@ -1,7 +1,7 @@
-"""`make demo`: real films and drawn clicks, a bundle trained through every stage, a service, a ranked list, its AUC.
+"""`make demo`: train a bundle on generated clicks on real films, serve it, rank films for one user, print its AUC.
 
-Runs the same commands a user would; the bundle and its data stay in `bundles/` and are reused. `DEMO_BACKBONE` names
-another language model than SmolLM2, `tiny` for example: the bundle is then made anew.
+It runs the same commands as a user. The bundle and its data stay in `bundles/`, and the next demo uses them again.
+`DEMO_BACKBONE` names a language model other than SmolLM2, for example `tiny`; the demo then trains a new bundle.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from models.bundle import BundleError, read_manifest
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 BIN = Path(sys.executable).parent
-# The one backbone whose weights are fetched; any other is found by `sella-train fit` itself.
+# The demo downloads the weights of this backbone; `sella-train fit` finds any other backbone itself.
 FETCHED = "smollm2-135m"
 LIKED_SHOWN = 8
 GENRES_A_SIDE = 3
@@ -59,13 +59,13 @@ def main() -> int:
 
 
 def make_bundle(bundle: Path, data: Path, backbone: str) -> None:
-    """Make the data and train the bundle, unless an earlier run did; a run that was stopped goes on.
+    """Make the data and train the bundle, unless an earlier run did; a stopped run continues.
 
     Raises:
         SystemExit: a command failed; it has said why.
     """
     if not (data / "items.parquet").exists():
-        print("1/3 drawing people who watch real films")
+        print("1/3 generating users and their clicks on real films")
         run_or_exit("prepare", "films", "--out", data)
     if is_usable(bundle, backbone):
         print(f"using the bundle in {bundle}")
@@ -85,11 +85,11 @@ def made_with(bundle: Path) -> Path:
 
 
 def is_usable(bundle: Path, backbone: str) -> bool:
-    """Return whether a bundle of this backbone is there; removes one of another backbone or format, and its run."""
+    """Return whether a bundle of this backbone exists; remove a bundle of another backbone or format, and its run."""
     named = made_with(bundle)
     same = named.exists() and named.read_text() == backbone
     if same and not (bundle / "manifest.json").exists():
-        return False  # a run that was stopped goes on
+        return False  # a stopped run continues
     try:
         if same:
             read_manifest(bundle)
@@ -97,17 +97,17 @@ def is_usable(bundle: Path, backbone: str) -> bool:
     except BundleError as error:
         print(error)
     if bundle.exists():
-        print("making the demo's bundle anew")
+        print("training a new bundle for the demo")
     for folder in (bundle, bundle.with_name(f"{bundle.name}.run")):
         shutil.rmtree(folder, ignore_errors=True)
     return False
 
 
 def fetch_weights(backbone: str) -> None:
-    """Fetch the weights, unless they are in the cache.
+    """Download the weights, unless they are in the cache.
 
     Raises:
-        SystemExit: with status 2 and one line; they cannot be fetched.
+        SystemExit: with status 2 and one line; the weights cannot be downloaded.
     """
     command = [str(BIN / "sella-train"), "backbone", backbone]
     print(f"fetching the language model {backbone}, unless it is in the cache")
@@ -123,7 +123,7 @@ def fetch_weights(backbone: str) -> None:
 
 
 def run_or_exit(*arguments: str | Path) -> None:
-    """Run `sella-train`; where it fails it has said why, and the demo ends with its status."""
+    """Run `sella-train`; if it fails, end the demo with its status. The command has printed the reason."""
     status = subprocess.run([BIN / "sella-train", *arguments], check=False).returncode
     if status:
         raise SystemExit(status)
@@ -150,7 +150,7 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> None:
 
 
 def rank_once(url: str, bundle: Path, data: Path) -> dict[str, Any]:
-    """Rank films that one user has not seen, print them beside those the user liked, and return the request's body."""
+    """Rank films that one user has not seen, print them and the user's liked films, and return the request body."""
     items = pl.read_parquet(data / "items.parquet")
     users = pl.read_parquet(bundle / "users.parquet", columns=["user_id", "history"])
     user, liked, disliked = clearest_taste(pl.read_parquet(data / "train.parquet"), items)
@@ -171,7 +171,7 @@ def rank_once(url: str, bundle: Path, data: Path) -> dict[str, Any]:
 
 
 def clearest_taste(train: pl.DataFrame, items: pl.DataFrame) -> tuple[str, list[str], list[str]]:
-    """Return the user whose clicks tell genres apart best, with the genres this user likes and those disliked."""
+    """Return the user whose clicks differ most between genres, with the liked and the disliked genres."""
     balance = (
         train.join(items, on="item_id")
         .with_columns(pl.col("genre").str.split(", ").list.first())
@@ -189,7 +189,7 @@ def clearest_taste(train: pl.DataFrame, items: pl.DataFrame) -> tuple[str, list[
 
 
 def candidates(user: str, liked: list[str], disliked: list[str], items: pl.DataFrame, data: Path) -> list[str]:
-    """Return unseen films in no order: as many of liked genres as of disliked ones, half of each never clicked."""
+    """Return unseen films by id: as many of liked genres as of disliked ones; half of each side nobody has clicked."""
     splits = [pl.read_parquet(data / f"{split}.parquet") for split in ("train", "valid", "test")]
     seen = pl.concat(splits).filter(pl.col("user_id") == user)["item_id"].implode()
     unseen = items.filter(~pl.col("item_id").is_in(seen)).with_columns(
@@ -198,7 +198,9 @@ def candidates(user: str, liked: list[str], disliked: list[str], items: pl.DataF
     chosen = []
     for side, other in ((liked, disliked), (disliked, liked)):
         first, elsewhere = pl.col("genre").list.first(), pl.col("genre").list.set_intersection(other).list.len()
-        films = unseen.filter(first.is_in(side), elsewhere == 0)  # a war comedy is no clear case
+        films = unseen.filter(
+            first.is_in(side), elsewhere == 0
+        )  # a film with a liked and a disliked genre is no clear case
         for some in (films.filter("new"), films.filter(~pl.col("new"))):
             chosen.append(some.sample(min(FILMS_A_SIDE // 2, some.height), seed=7))
     return pl.concat(chosen)["item_id"].sort().to_list()
@@ -220,7 +222,7 @@ def evaluate(bundle: Path, data: Path) -> dict[str, Any]:
 
 
 def print_areas(report: dict[str, Any]) -> None:
-    """Print the AUC of the bundle's score, and of the scorers it is compared with, over all rows and new films'."""
+    """Print the AUC of the bundle's score and of the other scorers, over all rows and over the rows of new films."""
     new = report["new items"]
     print(f"AUC on test: {report['all']['rows']:,} rows, {new['rows']:,} of them of new films (0.5 is chance)")
     print(f"    {'':10} {'all rows':26} new films")

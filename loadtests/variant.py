@@ -14,7 +14,7 @@ SHRUNK = 0.999  # of the adapter's weights: other merged weights, hardly other s
 
 
 def write_variant(bundle: Path, out: Path, *, other_weights: bool) -> None:
-    """Write a copy of a bundle with another intercept of its score, and with `other_weights` other merged weights too.
+    """Write a copy of a bundle with another intercept of its score; `other_weights` changes the merged weights too.
 
     Raises:
         BundleError: there is no bundle, or something is at `out` already.

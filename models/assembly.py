@@ -109,9 +109,9 @@ def known_pairs(
     *,
     live: bool,
 ) -> Known:
-    """Return what `Fusion` needs of a group's pairs. The user and each candidate come as counts and whether cold.
+    """Return the inputs of `Fusion` for a group's pairs. `user` and `items` hold (counts, whether cold).
 
-    `live` tells whether the counts are live, or the bundle's alone.
+    `live` says whether the counts are live, or the bundle's alone.
     """
     counts_K2 = np.array([counts for counts, _ in items], np.int64)
     (impressions, positives), cold = user

@@ -4,7 +4,7 @@ All prompts of a forward lie in one row: the trunks' new tokens first, then the 
 whole trunk and to its own branch. The softmax over both is the two products' softmaxes weighted by their log-sum-exps,
 so no mask over branches is made, and the cost grows with the number of branches, not with its square.
 
-For inference alone: the CPU kernel's log-sum-exp carries no gradient. Training takes `models.prompt_tree`.
+For inference alone: the CPU kernel's log-sum-exp carries no gradient. Training uses `models.prompt_tree`.
 
 Shapes: T tokens of the row, R branch tokens among them, N branches, S tokens of the longest, P tokens of a trunk, A of
 them new, L layers, H query heads, J key/value heads, E dimensions of a head.
@@ -143,7 +143,7 @@ AttentionInterface.register(NAME, packed_attention)
 
 
 def check_attention(module: nn.Module, longest: int, options: Mapping[str, Any]) -> None:
-    """Raise ValueError where an architecture asks for more than softmax attention over the whole prompt."""
+    """Raise ValueError if an architecture needs more than softmax attention over the whole prompt."""
     asked = sorted(name for name in ("softcap", "s_aux") if options.get(name) is not None)
     if asked:
         raise ValueError(f"{type(module).__name__} attends with {asked}, which packed prompts do not have")

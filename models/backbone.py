@@ -34,7 +34,7 @@ class Backbone:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any] | None = None
     ) -> None:
-        """`config` holds the fields of config.json as they were read; without it they are the model's own."""
+        """`config` holds the fields of config.json as they were read; without it the fields come from the model."""
         # transformers' and peft's decorators hide their own signatures, so the model is typed as what it is here.
         self.model: Any = model
         self._has_lora = False
@@ -76,7 +76,7 @@ class Backbone:
         return embeds
 
     def twin(self, attention: str) -> Any:
-        """Return a structural copy of the language model with an attention function of its own; it shares all weights.
+        """Return a structural copy of the language model with another attention function; it shares all weights.
 
         Raises:
             BackboneError: the architecture does not take attention functions of transformers' interface.
@@ -118,7 +118,7 @@ class Backbone:
     def attach_lora(self, rank: int, alpha: int, dropout: float, *, cast_inputs: bool = True) -> None:
         """Attach LoRA to every linear layer of the blocks; the base stays frozen (Table 1, stage 1).
 
-        `cast_inputs` casts an adapter's input to its fp32; autocast would cast it back to bf16 at once.
+        `cast_inputs` casts an adapter's input to fp32. Switch it off under autocast, which casts it back to bf16.
         """
         from peft import LoraConfig, get_peft_model  # here, so that scoring alone does not need it
         from peft.tuners.lora import LoraLayer
@@ -172,7 +172,7 @@ class Backbone:
         self.tokenizer.save_pretrained(folder)
 
     def definition(self) -> Definition:
-        """Return tokenizer and configuration as files; the configuration as it was read, key by key."""
+        """Return the tokenizer and the configuration as files; the configuration has the fields that were read."""
         with tempfile.TemporaryDirectory() as scratch:
             self.tokenizer.save_pretrained(scratch)
             saved = Definition.read(Path(scratch))
@@ -180,7 +180,7 @@ class Backbone:
         return Definition({**saved.files, CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()})
 
     def weights_id(self) -> str:
-        """Return a hash of the weights as they are in memory, dtype and all."""
+        """Return a hash of the weights and of their dtype, as they are in memory."""
         digest = hashlib.sha256(str(self.dtype).encode())
         for name, tensor in sorted(self.causal_lm.state_dict().items()):
             digest.update(name.encode())
@@ -193,11 +193,11 @@ def load_backbone(
 ) -> Backbone:
     """Load a causal LM and its fast tokenizer from a local path or a hub id, in fp32 or bf16.
 
-    `definition` is a folder whose tokenizer and config.json take the place of the source's own.
+    `definition` is a folder whose tokenizer and config.json replace the source's own.
 
     Raises:
-        BackboneError: nothing loadable there.
-        TokenizerError: its answers are not single tokens.
+        BackboneError: the source cannot be loaded.
+        TokenizerError: Yes or No is not a single token.
     """
     described = definition or source
     try:
@@ -212,7 +212,7 @@ def load_backbone(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise BackboneError(f"backbone {source}: {first_line(error)}") from error
     model, loaded = found
-    if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers, under a warning
+    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers and only warn
         raise BackboneError(f"backbone {source}: its files lack {len(missing)} tensors, among them {missing[0]}")
     config = Path(described) / CONFIG
     fields = json.loads(config.read_text()) if config.is_file() else None
@@ -247,7 +247,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     if file.is_file():
         try:
             loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(source))
-        except Exception as error:  # tokenizers raises the bare class for a file that it cannot read
+        except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
             raise BackboneError(f"{file}: not a tokenizer: {first_line(error)}") from error
         return loaded
     auto: Any = AutoTokenizer.from_pretrained(str(source))
@@ -260,6 +260,6 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's message, for an error of one line."""
+    """Return the first line of a library's message, for a one-line error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

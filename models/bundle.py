@@ -39,7 +39,7 @@ class BackboneEntry(_Frozen):
     """Which language model, and how its weights are used."""
 
     source: str = Field(
-        description='where its weights are: "backbone" for the bundle, a hub id, an absolute path, or "cache:" and the'
+        description='where its weights are: "backbone" (in the bundle), a hub id, an absolute path, or "cache:" and the'
         " name of a folder in sella's cache of converted backbones"
     )
     revision: str | None = Field(None, description="commit of the hub's repository; none for other sources")

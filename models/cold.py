@@ -56,8 +56,8 @@ class TextMap:
 def fit_text_map(semantic_ND: Floats, collab_NC: Floats, weights_N: Floats, ridge: float) -> TextMap:
     """Fit a `TextMap` by weighted ridge regression on trained items; `weights_N` are their interaction counts' trust.
 
-    Each dimension of the semantic vectors is measured in its own spread: a language model has a few dimensions hundreds
-    of times as wide as the rest, which would be all that a common ridge leaves. `ridge` is relative to that spread.
+    Each dimension of the semantic vectors is divided by its own spread: in a language model a few dimensions are
+    hundreds of times as wide as the rest, and a common ridge would keep these alone. `ridge` is relative to the spread.
     """
     weights = (weights_N / weights_N.sum()).astype(np.float64)
     center, offset = weights @ semantic_ND, weights @ collab_NC

@@ -1,6 +1,6 @@
-"""What a language model is beside its weights: its tokenizer and its configuration, as files.
+"""The definition of a language model without its weights: its tokenizer and its configuration, as files.
 
-Both change scores, so both lie in the bundle and are part of the identity of the weights they belong to.
+Both change scores. Therefore the bundle holds both, and the identity of the base weights covers both.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 NAMES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG)
-# Keys of config.json that name where it came from or how the file stores its weights; no score depends on them.
+# Keys of config.json that name the origin of the model or the storage of its weights; no score depends on them.
 NO_SCORE = frozenset({"_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version"})
 
 
@@ -24,11 +24,11 @@ class Definition:
 
     @classmethod
     def read(cls, folder: Path) -> "Definition":
-        """Read the definition files that lie in a folder."""
+        """Read the definition files of a folder."""
         return cls({name: (folder / name).read_bytes() for name in NAMES if (folder / name).is_file()})
 
     def write(self, folder: Path) -> None:
-        """Write the files into a folder, which is made."""
+        """Create the folder and write the files into it."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
@@ -36,8 +36,8 @@ class Definition:
     def identify(self, weights_id: str) -> str:
         """Return the identity of a language model: a hash of its weights' identity and of this definition.
 
-        The files are hashed, not the objects that a library makes of them: a bundle keeps its identity when the library
-        is upgraded.
+        The hash is over the files, not over a library's objects: a bundle keeps its identity when the library is
+        upgraded.
         """
         digest = hashlib.sha256(weights_id.encode())
         for name, content in sorted(self.files.items()):

@@ -73,7 +73,7 @@ class Tables:
     histories: Sequence[tuple[str, ...]]
     history_times: Sequence[tuple[float, ...]]
     history_totals: Sequence[int]
-    user_counts_U2: NDArray[np.int64]  # impressions and positives of all rows that the bundle was made of
+    user_counts_U2: NDArray[np.int64]  # impressions and positives of all rows of train and valid
     item_counts_I2: NDArray[np.int64]
     user_vectors_UC: Floats
     item_vectors_IC: Floats

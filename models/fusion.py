@@ -1,12 +1,13 @@
-"""The served score: one small logistic model over everything that is known of a pair.
+"""The served score: one small logistic model over all inputs that are known of a pair.
 
 `raw_score` is the language model's softmax (Eq. 3). `score` is the probability of a logistic model whose inputs are the
-language model's logit, the parts of the collaborative prediction, and how often the item was liked and the user liked,
-counted up to this moment. Evaluation and service call the same code.
+language model's logit, the parts of the collaborative prediction, the smoothed rates of positives of the user and of
+the item, and the cold flags. Evaluation and service call the same code.
 
-Rates enter as their distance from the base rate in log-odds, smoothed: without evidence the distance is zero. Two
-strengths of smoothing tell much evidence from little. Weights are never negative, so a further positive of an item
-never lowers its score. Static counts end with the training data, live counts at this moment: each has its own weights.
+A rate enters as its smoothed distance from the base rate in log-odds: without evidence the distance is zero. Each rate
+enters with two strengths of smoothing, so that the model can tell much evidence from little. Only the cold flags may
+have negative weights, so one more positive of an item never lowers its score. Static counts end with the training data,
+live counts at this moment: each kind has its own weights.
 
 Shapes: K pairs, C = d_C.
 """
@@ -22,12 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-RAW_EDGE = 1e-7  # a raw score nearer to 0 or 1 counts as this: fp32 has rounded it to 0 or 1
-SLOW = 8.0  # how many times the fitted strength the second, slower smoothing has
+RAW_EDGE = 1e-7  # raw scores are clipped to this distance from 0 and 1: fp32 may have rounded them to 0 or 1
+SLOW = 8.0  # strength of the second, slower smoothing, as a multiple of the fitted strength
 
 
 class Counts(NamedTuple):
-    """Impressions with a known outcome, and those of them that were positive."""
+    """The number of impressions with a known outcome, and the number of positives among them."""
 
     impressions: int = 0
     positives: int = 0
@@ -40,7 +41,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of K pairs beside the prompt; each field has shape (K,), the vectors (K, C).
+    """The inputs of the fusion for K pairs; each field has shape (K,), the vectors (K, C).
 
     Attributes:
         lm_K: the language model's logit, log p(Yes) - log p(No).
@@ -64,13 +65,13 @@ class Known:
     live: bool = True
 
     def __post_init__(self) -> None:
-        """Raise ValueError where lengths differ."""
+        """Raise ValueError if lengths differ."""
         lengths = {name: len(values) for name, values in self._arrays().items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"fields of different lengths: {lengths}")
 
     def rows(self, chosen: slice | NDArray[np.integer]) -> "Known":
-        """Return what is known of the chosen pairs."""
+        """Return the inputs of the chosen pairs."""
         return replace(self, **{name: values[chosen] for name, values in self._arrays().items()})
 
     def _arrays(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Known:
 
 
 class Rates(BaseModel):
-    """How counts become rates: the base rate, and how many impressions at it each count starts with."""
+    """How counts become rates: the base rate, and how many impressions at the base rate are added to the counts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -105,7 +106,7 @@ class Weight(BaseModel):
     high: float = Field(allow_inf_nan=False)
 
 
-# Inputs in the order of the weights, and the part of the score that each belongs to.
+# The inputs in the order of the weights, each with the part of the score that it belongs to.
 INPUTS: Mapping[str, str] = {
     "lm": "lm",
     "user_bias": "collab",
@@ -119,7 +120,9 @@ INPUTS: Mapping[str, str] = {
     "cold_item": "cold",
 }
 PARTS = ("lm", "collab", "user_rate", "item_rate", "cold", "intercept")
-SIGNED = frozenset({"cold_user", "cold_item"})  # a cold pair may be better or worse; every other input only helps
+SIGNED = frozenset(
+    {"cold_user", "cold_item"}
+)  # a cold flag may raise or lower a score; the weights of other inputs are not negative
 
 
 def raw_logits(raw_K: Floats) -> Doubles:

@@ -123,7 +123,7 @@ class PackedModel:
     ) -> Floats:
         """Return the last hidden state of each prompt, `(N, D)` fp32: an item's semantic vector (Fig. 3).
 
-        `progress` is called after every forward with the prompts done and all of them.
+        `progress` is called after every forward with the number of prompts done and the number of all prompts.
         """
         out = np.empty((len(prompts), self._backbone.d_model), np.float32)
         start = 0

@@ -2,8 +2,8 @@
 
 Two-row logits ignore caps and scales that some architectures put on their final logits; packed prompts are exact for
 plain causal attention with explicit positions, not for sliding windows, ALiBi and the like. Rather than keep a list of
-architectures, each loaded backbone is compared with its own full forward, and refused where they differ. Both sides get
-a real prompt: an architecture may score as sella does on random ids and differ on text, or without its BOS token.
+architectures, each loaded backbone is compared with its own full forward, and refused if they differ. Both sides get a
+real prompt: an architecture may agree on random ids but differ on text, or differ without its BOS token.
 """
 
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from models.packs import Branch, Pack
 from models.prompt_tree import TreeModel, lay_out
 from models.segments import Segment
 
-if TYPE_CHECKING:  # scoring alone needs no pydantic, on which the template's configuration is built
+if TYPE_CHECKING:  # the template's configuration needs pydantic, scoring alone does not
     from models.template import Template
 
 HISTORY_TOKENS = 96
@@ -28,7 +28,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 def probe(backbone: Backbone, template: "Template", history_tokens: int = HISTORY_TOKENS) -> float:
     """Compare packed two-row logits with the model's own forward on a prompt whose history has `history_tokens`.
 
-    The model's own forward begins as the tokenizer begins a text. Returns the largest difference, in logits.
+    The model's own forward begins with the tokens that the tokenizer puts before a text.
+
+    Returns:
+        the largest difference, in logits.
 
     Raises:
         BackboneError: they differ beyond rounding, or the longest prompt does not fit into the architecture's window.
@@ -62,10 +65,10 @@ def probe(backbone: Backbone, template: "Template", history_tokens: int = HISTOR
 
 
 def check_window(backbone: Backbone, template: "Template") -> None:
-    """Refuse an architecture that the longest prompt does not fit into.
+    """Refuse an architecture whose window is shorter than the longest prompt.
 
     Raises:
-        BackboneError: with the setting that would make it fit.
+        BackboneError: the longest prompt does not fit; the message names the setting that makes it fit.
     """
     config = backbone.causal_lm.config.get_text_config()
     longest, kind = longest_prompt(template), type(backbone.causal_lm).__name__
@@ -84,7 +87,7 @@ def check_window(backbone: Backbone, template: "Template") -> None:
 
 
 def longest_prompt(template: "Template") -> int:
-    """Return the tokens of the longest prompt that the template's caps allow."""
+    """Return the number of tokens of the longest prompt that the template's caps allow."""
     from models.template import PromptKind, Title
 
     title = Title((0,) * template.config.title_tokens)
@@ -97,7 +100,7 @@ def longest_prompt(template: "Template") -> int:
 
 
 def longest_history(template: "Template") -> int:
-    """Return the tokens of the longest history that the template's caps allow."""
+    """Return the number of tokens of the longest history that the template's caps allow."""
     from models.template import Title
 
     line = template.history_item(Title((0,) * template.config.title_tokens))
@@ -114,7 +117,7 @@ def _packed_logits(backbone: Backbone, pack: Pack) -> list[float]:
 
 
 def _pack(template: "Template", history_tokens: int) -> Pack:
-    """Return stage 1's prompt for two candidates, and for a third behind half of the history."""
+    """Return stage 1's prompt for two candidates, and for a third candidate after half of the history."""
     from models.template import PromptKind
 
     kind = PromptKind.ADAPT

@@ -1,12 +1,12 @@
-"""Packed prompts through which gradients pass: what training computes.
+"""Packed prompts with gradients, for training.
 
 A forward is one row without padding: the tokens that every prompt begins with (the root: an instruction), then each
-pack's trunk, then every branch. A trunk token attends to the root and to its own trunk; a branch token attends to the
-root, to its trunk up to where it attaches, and to itself. Every token therefore sees exactly its own prompt, and no
-token is computed twice. Attention is three small batched products instead of one under a mask over the whole row, whose
-cost grows with the row's square.
+pack's trunk, then every branch. A trunk token attends to the root and to its own trunk. A branch token attends to the
+root, to its trunk up to the point where the branch attaches, and to its own branch. Every token therefore sees exactly
+its own prompt, and no token is computed twice. Attention is three small batched products. One product under a mask over
+the whole row would cost the square of the row's length.
 
-Scoring takes `models.packed`, whose kernels are faster and give no gradients.
+Scoring uses `models.packed`, whose kernels are faster and give no gradients.
 
 Shapes: T tokens of the row, N packs, K branches over all packs, R tokens of the root, P of the longest trunk behind it,
 S of the longest branch, H query heads, J key/value heads, E dimensions of a head, C = d_C, D = d_L.
@@ -33,7 +33,7 @@ _HIDDEN = -1e30  # added to the scores of hidden keys; minus infinity would give
 
 @dataclass(frozen=True, slots=True)
 class SlotVectors:
-    """The vectors behind a tree's slots, before projection, in pack and branch order."""
+    """The vectors for a tree's slots, before projection, in pack and branch order."""
 
     user_UC: Tensor
     item_KC: Tensor
@@ -45,7 +45,7 @@ class _Rectangle:
     """Runs of the row's tokens, one a line; a shorter run repeats its last token."""
 
     places: Tensor  # (lines, longest), in the row
-    own: Tensor  # the tokens that are no repetition, in the flattened rectangle
+    own: Tensor  # places of the tokens that are not repetitions, in the flattened rectangle
 
     @classmethod
     def of(cls, lengths: Sequence[int], start: int) -> "_Rectangle":
@@ -100,7 +100,7 @@ class PromptTree:
 
         def attention(query_NSX: Tensor, both_NPX: Tensor, seen_NSP: Tensor) -> Tensor:
             lines, length, _ = query_NSX.shape
-            # Query heads that share a key head are more queries of it.
+            # Query heads that share a key head become further queries of that head.
             query_NJQE = query_NSX.view(lines, length, pairs, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
             key_NJPE, value_NJPE = both_NPX.view(lines, -1, 2, pairs, width).permute(2, 0, 3, 1, 4)
             scores_NJGSP = (query_NJQE @ key_NJPE.transpose(-1, -2)).unflatten(2, (-1, length))
@@ -121,7 +121,7 @@ class PromptTree:
 
 
 def lay_out(packs: Sequence[Pack]) -> PromptTree:
-    """Lay packs out as one row; what all of their prompts begin with is the root."""
+    """Lay packs out as one row; the tokens that all of their prompts begin with are the root."""
     root = _root(packs)
     ids = list(packs[0].trunk.token_ids[:root])
     positions = list(range(root))
@@ -165,9 +165,9 @@ def lay_out(packs: Sequence[Pack]) -> PromptTree:
 
 
 def _root(packs: Sequence[Pack]) -> int:
-    """Return how many tokens all prompts begin with: no slot among them, and no branch that attaches before their end.
+    """Return how many tokens all prompts begin with, before any slot and any point where a branch attaches.
 
-    One pack alone shares nothing: all of it is trunk.
+    A single pack has no root: all of it is trunk.
     """
     if len(packs) == 1:
         return 0
@@ -185,7 +185,7 @@ def _seen(seen: Tensor) -> Tensor:
 
 
 class TreeModel:
-    """A backbone's language model under tree attention. It shares the backbone's weights, an adapter's too."""
+    """A backbone's language model with tree attention. It shares the weights of the backbone and of its adapter."""
 
     def __init__(self, backbone: Backbone) -> None:
         """Make the model.
@@ -239,7 +239,7 @@ def tree_attention(
     packed: PromptTree,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as the tree says: an attention function of transformers' interface. The mask plays no part.
+    """Attend within the tree: an attention function of transformers' interface. It ignores the mask.
 
     Raises:
         ValueError: the architecture asks for more than softmax attention over the whole prompt.

@@ -1,4 +1,4 @@
-"""Where a language model's weights lie: in a folder, in sella's cache of converted backbones, or on the hub."""
+"""Where a language model's weights are: in a folder, in sella's cache of converted backbones, or on the hub."""
 
 import os
 import re
@@ -8,16 +8,16 @@ from huggingface_hub import HfApi, snapshot_download
 
 from models.backbone import BackboneError, first_line
 
-CACHED = "cache:"  # begins the source of a backbone that was converted into the cache; its folder's name follows
+CACHED = "cache:"  # prefix of the source of a converted backbone; the name of its folder in the cache follows
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "*.safetensors*"]
 HUB_TIMEOUT_S = 5.0
 
 
 def cache_folder() -> Path:
-    """Return the folder of converted backbones: in SELLA_CACHE, else in the user's cache.
+    """Return the folder of converted backbones: in SELLA_CACHE if it is set, otherwise in the user's cache.
 
-    The environment is read here as well as in `service.settings`: training, which has no settings, shares the folder.
+    This function reads the environment, as `service.settings` does: training shares the folder and has no settings.
     """
     own = os.environ.get("SELLA_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -29,7 +29,7 @@ def weights_folder(source: str, revision: str | None) -> Path:
     """Return the folder that holds the weights of a bundle's backbone.
 
     Raises:
-        BackboneError: nothing is there; the message has the remedy.
+        BackboneError: the weights are not there; the message has the remedy.
     """
     if source.startswith(CACHED):
         name = source.removeprefix(CACHED)
@@ -43,7 +43,7 @@ def weights_folder(source: str, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_absolute() or not HUB_ID.fullmatch(source):
-        raise BackboneError(f"backbone {source}: no such folder; put the backbone there that the bundle was trained on")
+        raise BackboneError(f"backbone {source}: no such folder; put the bundle's backbone there")
     try:
         return hub_snapshot(source, revision, offline=True)
     except BackboneError:
@@ -58,9 +58,9 @@ def hub_snapshot(hub_id: str, revision: str | None = None, *, offline: bool = Fa
     """
     refused: Exception | None = None
     if not offline:
-        try:  # one question: for a commit that is not here, snapshot_download retries for half a minute
+        try:  # ask once: without a local copy of the commit, snapshot_download retries for half a minute
             HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_S)
-        except Exception as error:  # of the HTTP library that this version of huggingface_hub is built on
+        except Exception as error:  # the type depends on the HTTP library of this version of huggingface_hub
             refused, offline = error, True
     try:
         found = snapshot_download(

@@ -3,11 +3,11 @@
 A prompt is three segments. The **instruction** is constant. The **user segment** is the history and the words up to
 the candidate. The **candidate segment** is everything that depends on the candidate, and comes last, so that many
 candidates can share one pass over what precedes them. Each segment is tokenized alone and the prompt is the
-concatenation of their ids, in training and in serving alike. What the tokenizer puts before a text of its own (a BOS
-token) begins the instruction.
+concatenation of their ids, in training and in serving alike. The instruction begins with the tokens that the tokenizer
+puts before a text, such as a BOS token.
 
-Two styles. `paper` has the figures' words. `compact`, the default, says the same in a fifth of the words: a small
-language model learns more in as many steps (docs/results.md), and a step costs less.
+There are two styles. `paper` has the words of the paper's figures. `compact`, the default, says the same in a fifth of
+the words: a small language model learns more in the same number of steps (docs/results.md), and a step costs less.
 
 Deviations from the figures: list entries and titles stand on lines of their own, so that a title has the same tokens in
 the history and as the target; an answer cue ending in a newline follows, so that Yes and No carry no leading space.
@@ -38,7 +38,7 @@ class TemplateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     noun: str = Field("movie", min_length=1, max_length=40, description="what an item is called")
-    plural: str = Field("movies", min_length=1, max_length=40, description="what several items are called")
+    plural: str = Field("movies", min_length=1, max_length=40, description="the plural of the noun")
     style: Literal["compact", "paper"] = Field("compact", description="paper: the words of the paper's figures")
     max_history: int = Field(10, ge=0, le=200, description="the paper's window: the last ten liked items")
     window: Literal["sliding", "anchored"] = Field(
@@ -51,7 +51,7 @@ class TemplateConfig(BaseModel):
         description="how many items an anchored window drops at once; half the window keeps 6 to 10 of 10",
     )
     title_tokens: int = Field(48, ge=1, description="cap of one title; ML-1M's longest is 30 in Qwen2's vocabulary")
-    history_tokens: int = Field(512, ge=0, description="budget of the history; the oldest titles give way")
+    history_tokens: int = Field(512, ge=0, description="limit of the history; the oldest titles are left out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def window_start(total: int, config: TemplateConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PromptWords:
-    """The constant words of a prompt, slots by their names; the history and the title stand between them."""
+    """The constant words of a prompt, with slots by their names; the history and the title go between them."""
 
     instruction: str
     user_tail: str
@@ -120,7 +120,7 @@ def _paper_words(config: TemplateConfig) -> dict[PromptKind, PromptWords]:
 
 
 def prompt_words(config: TemplateConfig) -> list[str]:
-    """Return all constant words of both prompts, each without slots, for a tokenizer that is trained on them."""
+    """Return all constant words of both prompts without slots, to train a tokenizer on them."""
     words = _paper_words(config) if config.style == "paper" else _compact_words(config)
     return [
         _SLOTS.sub("", part)

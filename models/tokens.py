@@ -26,8 +26,8 @@ class TextEncoder:
 
     A title that spells `<unk>`, `<User_ID>`, `<|im_end|>` or `<tool_call>` is plain text. `split_special_tokens`
     is not enough: it still maps added non-special tokens (`<tool_call>`) to one id. So the added vocabulary and
-    the post-processor are left out of a copy of the tokenizer. What the post-processor puts before a text, a BOS token
-    with most that have one, is kept as `lead`: a prompt begins with it once, its segments do not.
+    the post-processor are left out of a copy of the tokenizer. `lead` keeps the tokens that the post-processor
+    puts before a text, usually a BOS token. A prompt begins with them once; its later segments do not have them.
 
     Raises:
         TokenizerError: the tokenizer has no fast implementation to copy.
@@ -70,7 +70,7 @@ class TextEncoder:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Return the ids that a tokenizer puts before the first text of a sequence; none with Qwen2 and SmolLM2."""
+    """Return the ids that a tokenizer puts before a text; Qwen2 and SmolLM2 have none."""
     encoded = tokenizer("A", return_special_tokens_mask=True)
     pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
     return tuple(token_id for token_id, special in takewhile(lambda pair: pair[1] == 1, pairs))

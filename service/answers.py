@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 # live: interactions since the bundle was made are part of it, behind what the bundle has or alone.
 HistorySource = Literal["request", "bundle", "live", "none"]
-# live: the bundle's counts and those of the interactions since. bundle: its own alone, because no log can be read.
+# live: the bundle's counts and those of the interactions since. bundle: the bundle's alone; no live counts are known.
 CountsSource = Literal["live", "bundle"]
 
 
@@ -48,7 +48,7 @@ class ScoredItem:
     title_tokens_cut: Annotated[int, Field(description="Tokens that the title's cap cut off.")]
     parts: Annotated[
         dict[str, float] | None,
-        Field(description="With explain: what each part adds to the logit of score; together they are that logit."),
+        Field(description="With explain: what each part adds to the logit of score; their sum is the logit."),
     ] = None
 
     def fields(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class _Answer(Message):
     request_id: str
     bundle_id: str
     counts: CountsSource = Field(
-        description="Which counts the scores know: live with the interactions since the bundle, or the bundle's alone."
+        description="Which counts the scores use: live, with the interactions since the bundle, or the bundle's alone."
     )
     skipped: list[Skipped]
     timings_ms: dict[str, float] = Field(description="lookup, assemble, queue, forward and total.")

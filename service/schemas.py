@@ -163,7 +163,7 @@ _HISTORY = Field(
 
 
 _EXPLAIN = Field(
-    default=False, description="true: each result has parts, what its score is made of: contributions to its logit."
+    default=False, description="true: each result has parts: what each part adds to the logit of its score."
 )
 
 

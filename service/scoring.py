@@ -98,7 +98,7 @@ class _Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """A candidate's raw score, its score, what each part adds to the logit of that, and tokens cut off its title."""
+    """A candidate's raw score, its score, what each part adds to the score's logit, and tokens cut off its title."""
 
     raw: float
     score: float
@@ -118,7 +118,7 @@ async def score(
 ) -> tuple[list[Answer], list[Skipped]]:
     """Score every candidate of every question with one bundle; `deadline` is `time.monotonic()` seconds.
 
-    `live` tells what this server's own log knows of users. `explain` adds to each item what its score is made of.
+    `live` returns what this server's own log knows of users. `explain` adds the parts of its score to each item.
 
     Raises:
         UnknownItemError: an item is not in the catalogue and has no title.
@@ -139,14 +139,14 @@ async def score(
 async def _look_up(
     questions: Sequence[Question], handle: BundleHandle, live: LiveLookup
 ) -> tuple[Features, frozenset[str], Counted]:
-    """Return what is known, users with their live histories; whose histories have live likes in them; live counts."""
+    """Return the features, with live likes in the histories; the users who have live likes; the live counts."""
     # The log first: its likes are looked up in the same round trip as everything else.
     logged = await live(frozenset(question.user_id for question in questions))
     asked = query(questions, handle.assembler.template, logged)
     found = await handle.store.look_up(handle.bundle_id, asked)
     merged = merge_all(asked.user_ids, found.users, found.live, logged)
     users = {one: user.features for one, user in merged.items() if user.features is not None}
-    # A user whom another server has deleted may still be counted by this one's log.
+    # This server's log may still count a user whom another server has deleted.
     forgotten = {
         one
         for one, told in found.live.items()
@@ -245,7 +245,7 @@ async def _compute(
 def _answers(
     prompts: Sequence[_Prompt], raw: Sequence[Floats], counted: Counted, fusion: Fusion, *, explain: bool
 ) -> list[Answer]:
-    """Turn raw scores into scores, and put every one in its candidate's place."""
+    """Turn raw scores into scores, and put each score in the place of its candidate."""
     groups = iter(raw)
     answers = []
     for prompt in prompts:

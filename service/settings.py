@@ -105,8 +105,8 @@ class Settings(BaseSettings):
     )
     cache: Path | None = Field(
         default=None,
-        description="Folder of language models that `sella-train` converted, for bundles that name one, read by"
-        " `models.sources`. Unset: `sella` in XDG_CACHE_HOME or in ~/.cache.",
+        description="Cache folder whose subfolder `backbones` holds the language models that `sella-train` converted;"
+        " `models.sources` reads it. Unset: `sella` in XDG_CACHE_HOME or in ~/.cache.",
     )
     batch_ahead_ms: float = Field(
         default=20.0,

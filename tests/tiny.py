@@ -189,7 +189,7 @@ def _write_projection(folder: Path, norm: float, seed: int, d_model: int) -> Non
 
 
 def _write_fusion(folder: Path, rng: np.random.Generator) -> None:
-    """Give every input a weight, so that a score depends on everything that is known of a pair."""
+    """Give every input a weight, so that a score depends on all inputs of a pair."""
 
     def weights(intercept: float) -> Weights:
         values = {

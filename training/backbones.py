@@ -1,4 +1,4 @@
-"""`--backbone`: what it names, opened and judged before a run begins."""
+"""The backbone that `--backbone` names: found, loaded and probed before a run begins."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from training.run import Run
 
 @dataclass(frozen=True)
 class Source:
-    """Where a backbone is: `name` as the bundle's manifest says it, and the folder on this machine."""
+    """Where a backbone is: `name` as in the bundle's manifest, and the folder on this machine."""
 
     name: str
     folder: Path
@@ -27,7 +27,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Base:
-    """A backbone that was loaded, found fit to score, and let go of again."""
+    """A backbone that was loaded, passed the probe, and was freed again."""
 
     source: Source
     id: str  # of weights, tokenizer and config.json
@@ -36,10 +36,10 @@ class Base:
 
 
 def find_backbone(given: str) -> Source:
-    """Find what `--backbone` names: a known name, a GGUF file, a folder or a hub id; fetch and convert it if needed.
+    """Find the backbone of a known name, a GGUF file, a folder or a hub id; download and convert it if needed.
 
     Raises:
-        BackboneError: there is nothing of that name, or it cannot be fetched; the message has the remedy.
+        BackboneError: it does not exist or cannot be downloaded; the message has the remedy.
     """
     path = Path(given).expanduser()
     if given in KNOWN or path.is_file():
@@ -59,7 +59,7 @@ def find_backbone(given: str) -> Source:
 
 
 def open_base(run: Run, source: Source) -> Base:
-    """Load a backbone, compare its packed scores with its own on the longest prompt, and identify it.
+    """Load a backbone, compare packed scores with its own forward on a prompt with a full history, and identify it.
 
     Raises:
         BackboneError, TokenizerError: it cannot be loaded or cannot score.
@@ -68,7 +68,7 @@ def open_base(run: Run, source: Source) -> Base:
     template = Template(run.config.template, backbone.encoder)
     worst = probe(backbone, template, run.config.template.history_tokens)
     run.say(f"backbone {source.name}: packed scores equal its own to {worst:.1g} logits")
-    inside = source.name == BACKBONE  # the bundle gets its files as they are
+    inside = source.name == BACKBONE  # the bundle gets the files unchanged
     definition = Definition.read(source.folder) if inside else backbone.definition()
     _check_definition(definition, source, backbone.encoder)
     return Base(source, definition.identify(backbone.weights_id()), definition, backbone.encoder)
@@ -76,18 +76,18 @@ def open_base(run: Run, source: Source) -> Base:
 
 def opened_before_the_run(run: Run, given: str) -> Base:
     """Find and open a backbone before the run folder is claimed."""
-    with run.accelerator.main_process_first():  # one process fetches and converts
+    with run.accelerator.main_process_first():  # one process downloads and converts
         source = find_backbone(given)
     return open_base(run, source)
 
 
 def made_by_the_run(run: Run, folder: Path) -> Base:
-    """Open the `tiny` backbone that the run has made; its weights will lie in the bundle."""
+    """Open the `tiny` backbone that the run has made; the bundle will hold its weights."""
     return open_base(run, Source(BACKBONE, folder))
 
 
 def _check_definition(definition: Definition, source: Source, encoder: TextEncoder) -> None:
-    """Refuse a tokenizer that the bundle's copy of it would not equal: serving would read other tokens."""
+    """Refuse a tokenizer that changes when it is saved: serving would read other tokens from the bundle's copy."""
     with tempfile.TemporaryDirectory() as scratch:
         definition.write(Path(scratch))
         try:

@@ -1,4 +1,4 @@
-"""What a practitioner would try first, to be compared with `score`: stage 2 alone, rates, boosting.
+"""Simple scorers to compare `score` with: stage 2 alone, rates, boosting.
 
 Shapes: B rows of a split, N rows of train, P pairs of a row and a word, I items, W words of all titles, F features.
 """
@@ -19,23 +19,23 @@ from training.counts import LIVE, Counting, RowCounts, counted_before, row_count
 from training.data.dataset import Dataset
 from training.data.history import Histories
 
-WORDS = 64  # the commonest title words, a feature each
-AFFINITY_WORDS = 1000  # the commonest title words by which a user's taste is counted
-RATES = 3  # features that may only help
-MAX_ROWS = 1_000_000  # the latest rows of train that boosting learns from
+WORDS = 64  # the most frequent title words; each is a feature
+AFFINITY_WORDS = 1000  # the most frequent title words, for which each user's positives are counted
+RATES = 3  # features whose larger value never lowers a score
+MAX_ROWS = 1_000_000  # boosting is fitted on at most this many rows of train, the latest
 ROWS_AT_ONCE = 200_000
 YEAR = re.compile(r"\(((?:19|20)\d\d)\)\s*$")
 WORD = re.compile(r"\w+")
 
 
 def collab_scores(user_BC: Floats, item_BC: Floats) -> Floats:
-    """Return stage 2's prediction of the label, `(B,)`: the vectors' inner product, kept between 0.01 and 0.99."""
+    """Return stage 2's prediction of the label, `(B,)`: the vectors' inner product, clipped to 0.01 and 0.99."""
     predicted: Floats = np.clip(np.einsum("bc,bc->b", user_BC, item_BC), 0.01, 0.99).astype(np.float32)
     return predicted
 
 
 def rate_scores(rates: Rates, counts: RowCounts) -> Floats:
-    """Return the base rate moved by the user's and the item's smoothed rate in log-odds, as probabilities, `(B,)`."""
+    """Return probabilities, `(B,)`: the log-odds of the base rate plus the smoothed distances of user and item."""
     user_B = rates.distance(counts.user_positives_B, counts.user_impressions_B, rates.user_strength)
     item_B = rates.distance(counts.item_positives_B, counts.item_impressions_B, rates.item_strength)
     odds_B = np.exp(user_B + item_B) * rates.base / (1 - rates.base)
@@ -44,11 +44,12 @@ def rate_scores(rates: Rates, counts: RowCounts) -> Floats:
 
 @dataclass(frozen=True)
 class Titles:
-    """The words of the items' titles, those that several items have, the commonest first.
+    """The words of the items' titles that more than one item has, the most frequent first.
 
     Attributes:
-        features_IF: the year that ends a title, NaN without one, and which of the `WORDS` commonest words it has.
-        words_W: every item's words of `AFFINITY_WORDS`, item after item.
+        features_IF: the year at the end of a title (NaN without one), and which of the `WORDS` most frequent words it
+            has.
+        words_W: the codes of every item's words among `AFFINITY_WORDS`, item after item.
         starts_I: [I + 1] where each item's words begin.
     """
 
@@ -81,9 +82,9 @@ class Titles:
 
 @dataclass(frozen=True)
 class Boosting:
-    """Gradient boosting on counts, history length, year, title words, and how the user liked titles of these words.
+    """Gradient boosting on counts, history length, year, title words, and how the user liked titles with these words.
 
-    It is fitted on rows of train, each with what was counted strictly before it. A higher rate never lowers a score.
+    It is fitted on rows of train, each with the counts strictly before it. A higher rate never lowers a score.
     """
 
     trees: HistGradientBoostingClassifier
@@ -92,7 +93,7 @@ class Boosting:
 
     @classmethod
     def fit(cls, dataset: Dataset, histories: Histories, rates: Rates, seed: int = 0) -> "Boosting | None":
-        """Return the model fitted on the train split; None where it has one class alone."""
+        """Return the model fitted on the train split; None if train has only one class."""
         train = dataset.splits["train"]
         labels_N = train["label"].to_numpy()
         latest_N = np.argsort(train["timestamp"].to_numpy(), kind="stable")[-MAX_ROWS:]
@@ -110,7 +111,7 @@ class Boosting:
             monotonic_cst=[1] * RATES + [0] * (features_NF.shape[1] - RATES),
             random_state=seed,
         )
-        # Threads add up gradients in any order; the report is part of the bundle's id, so one thread must do.
+        # Several threads add gradients in a random order. The report is part of the bundle's id, so use one thread.
         with threadpool_limits(1, "openmp"):
             trees.fit(features_NF[latest_N], labels_N[latest_N], train["weight"].to_numpy()[latest_N])
         return cls(trees, rates, titles)
@@ -118,7 +119,7 @@ class Boosting:
     def scores(
         self, dataset: Dataset, histories: Histories, split: str, counting: Counting, counts: RowCounts
     ) -> Floats:
-        """Return the probabilities of a split's rows, `(B,)`, under what is known at each."""
+        """Return the probabilities of a split's rows, `(B,)`, from the counts known at each row."""
         features_BF = _features(dataset, histories, split, counting, counts, self.rates, self.titles)
         parts = [
             self.trees.predict_proba(features_BF[start : start + ROWS_AT_ONCE])[:, 1]
@@ -154,7 +155,7 @@ def _features(
 def _affinity(
     dataset: Dataset, histories: Histories, split: str, counting: Counting, titles: Titles
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return how often each row's user had met a word of its title, summed over the words, and liked that title."""
+    """Return each row's earlier rows and positives of the user with a word of the title, summed over its words."""
     splits, before_B = counting.known(dataset, split)
     pairs = {name: titles.pairs(histories.item_rows(name)) for name in {*splits, split}}
 

@@ -47,7 +47,7 @@ SplitByOption = Annotated[
 ]
 TiesOption = Annotated[
     Ties | None,
-    typer.Option(help="strict, or file-order (as CoLLM's files: also earlier rows of the same second)"),
+    typer.Option(help="strict, or file-order (as in CoLLM's files: also earlier rows of the same second)"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 DeviceOption = Annotated[str, typer.Option(help="torch device")]
@@ -66,7 +66,7 @@ def fit(
     seed: Annotated[int | None, typer.Option(min=0, help="instead of the configuration's")] = None,
     ties: TiesOption = None,
     noun: Annotated[str | None, typer.Option(help="what an item is called in the prompt, such as book")] = None,
-    plural: Annotated[str | None, typer.Option(help="its plural; the noun with an s where it is not given")] = None,
+    plural: Annotated[str | None, typer.Option(help="its plural; by default the noun with an s")] = None,
 ) -> None:
     """Train all stages and write one bundle. The run's files are kept in OUT.run beside it."""
     with one_line_errors():
@@ -98,7 +98,9 @@ def evaluate(
     bundle: BundleOption,
     data: DataOption,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
-    live: Annotated[bool, typer.Option("--live", help="count what came before each row, not the train split")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="count all rows before each row, instead of the train split")
+    ] = False,
     delay: Annotated[float, typer.Option(min=0, help="with --live: seconds until an outcome is known")] = 0.0,
     as_json: JsonOption = False,
     positive_above: PositiveOption = None,
@@ -107,7 +109,7 @@ def evaluate(
     dtype: DtypeOption = None,
     ties: TiesOption = None,
 ) -> None:
-    """Judge a bundle's score on a split, beside simple scorers, with user-bootstrap intervals."""
+    """Measure a bundle's score and simple scorers on a split, with user-bootstrap intervals."""
     with one_line_errors():
         from training.counts import Counting
         from training.data.history import build_histories
@@ -116,7 +118,7 @@ def evaluate(
         from training.verdict import judge_bundle
 
         if delay and not live:
-            raise ConfigError(f"--delay {delay:g}: it delays live counts alone; add --live")
+            raise ConfigError(f"--delay {delay:g}: it applies to live counts only; add --live")
         counting = Counting(live=live, delay=delay)
         opened, scorer = open_scorer(bundle, device, dtype)
         dataset = read_data(data, positive_above, split_by, require=(split,))
@@ -223,7 +225,7 @@ def backbone(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="smollm2-135m, or a GGUF file")],
     out: Annotated[Path | None, typer.Option(help="folder to write, instead of the cache")] = None,
 ) -> None:
-    """Fetch a known language model or convert a GGUF file, once, and print its folder."""
+    """Download a known language model or convert a GGUF file, once, and print its folder."""
     with one_line_errors():
         from transformers.utils import logging as transformers_logging
 
@@ -328,13 +330,13 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _configuration(config: str | None, ties: Ties | None) -> Config:
-    """Return the configuration with the rule for ties of the command line, if there is one."""
+    """Return the configuration, with the command line's rule for ties if there is one."""
     chosen = load_config(config)
     return chosen if ties is None else chosen.model_copy(update={"ties": ties})
 
 
 def show_summary(console: Console, summary: DataSummary) -> None:
-    """Print the data in numbers: a table on a terminal, else plain columns."""
+    """Print the summary of the data: a table on a terminal, otherwise plain columns."""
     table = Table(box=SIMPLE_HEAD if console.is_terminal else None, title="Data", title_justify="left", pad_edge=False)
     table.add_column("split")
     for heading in ("rows", "users", "items", "positive", "user new", "item new", "tied", "rule matters"):
@@ -356,7 +358,7 @@ def show_summary(console: Console, summary: DataSummary) -> None:
 
 
 def show_ties(console: Console, histories: Histories, splits: list[str]) -> None:
-    """Print how many rows the rule of the published files touches, if that rule is chosen."""
+    """Print how many rows the rule of the published files changes, if that rule is chosen."""
     if histories.ties == "file-order":
         for split in splits:
             touched_B = histories.of_split(split).rule_matters
@@ -401,7 +403,7 @@ def show_report(console: Console, split: str, report: dict[str, Any]) -> None:
 
 
 def show_verdict(console: Console, split: str, report: dict[str, Any]) -> None:
-    """Print the score beside every other scorer, and a sentence for each that it loses to."""
+    """Print the metrics of the score and of every other scorer, and a sentence for each scorer that is better."""
     from training.report import verdict_sentences
 
     counts = "live counts" if report["live"] else "counts of train"

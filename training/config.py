@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.template import TemplateConfig
 from training.data.history import Ties
 
-TINY = "tiny"  # the stand-in's name as a backbone
+TINY = "tiny"  # the name of the stand-in as a backbone
 
 
 class ConfigError(ValueError):
@@ -29,27 +29,29 @@ class ScheduleConfig(_Frozen):
 
     epochs: float = Field(2.0, gt=0, description="passes over the train rows")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up, before the decay")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
     batch_targets: int = Field(64, ge=1, description="targets a step, over all processes")
-    gradient_norm: float = Field(1.0, gt=0, description="clipped above this")
+    gradient_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     evaluations_per_epoch: int = Field(2, ge=1, description="how often valid is scored; the best checkpoint is kept")
     patience: int = Field(4, ge=1, description="evaluations without a better validation AUC before the stage stops")
     min_steps: int = Field(0, ge=0, description="small data sets run more epochs, until the stage has made this many")
-    max_steps: int | None = Field(None, ge=1, description="the stage ends here, however long its epochs are")
+    max_steps: int | None = Field(None, ge=1, description="the stage makes at most this many steps")
 
 
 class TinyConfig(_Frozen):
     """The `tiny` stand-in: a Qwen2 of about 5 M parameters, made and pre-trained from the training text alone."""
 
-    vocabulary: int = Field(4096, ge=300, description="byte-level BPE; ML-1M's titles stop paying for more")
+    vocabulary: int = Field(
+        4096, ge=300, description="size of the byte-level BPE; a larger one gains nothing on ML-1M's titles"
+    )
     d_model: int = Field(256, ge=16, description="width of the embeddings")
     d_inner: int = Field(1024, ge=16, description="inner width of the feed-forward layers")
     layers: int = Field(4, ge=1, description="transformer layers")
     heads: int = Field(4, ge=1, description="attention heads")
     key_value_heads: int = Field(2, ge=1, description="heads of keys and values; attention heads share them")
     sequence_tokens: int = Field(256, ge=32, description="tokens of one text block in its pre-training")
-    question_groups: int = Field(4, ge=1, description="packs a step that teach it to answer (pretrain.py)")
+    question_groups: int = Field(4, ge=1, description="packs in each step that teach the model to answer (pretrain.py)")
     # Reading the slots takes 250 steps, however little text there is.
     schedule: ScheduleConfig = ScheduleConfig(
         epochs=5, learning_rate=2e-3, weight_decay=0.05, batch_targets=16, min_steps=250
@@ -59,10 +61,17 @@ class TinyConfig(_Frozen):
 class AdaptConfig(_Frozen):
     """Stage 1: LoRA on Fig. 2's prompt."""
 
-    rank: int = Field(16, ge=1, description="all linear layers; CoLLM's 8 on two of them learns less on Qwen2")
-    alpha: int = Field(32, ge=1, description="twice the rank, the usual scale")
-    dropout: float = Field(0.0, ge=0, lt=1, description="one epoch does not overfit, and on a CPU it costs a third")
-    # At 1e-4 a small model stays at chance. Four hundred steps bound the time on a CPU.
+    rank: int = Field(
+        16, ge=1, description="rank of LoRA on all linear layers; CoLLM's rank 8 on two of them learns less on Qwen2"
+    )
+    alpha: int = Field(32, ge=1, description="scale of LoRA; twice the rank, as usual")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout of LoRA; one epoch does not overfit without it, and on a CPU it costs a third",
+    )
+    # At 1e-4 a small model's AUC stays at chance. Four hundred steps limit the time on a CPU.
     schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=400)
 
 
@@ -79,9 +88,11 @@ class AlignConfig(_Frozen):
     item_bias_decay: float = Field(2.0, ge=0, description="L2 on b_i, in interactions")
     bias_rate: float = Field(5.0, gt=0, description="learning rate of the biases, relative")
     semantic_rate: float = Field(0.15, ge=0, description="learning rate of the semantic deltas, relative")
-    turns: int = Field(4, ge=1, description="how often items and users are fitted in closed form; the best is kept")
+    turns: int = Field(
+        4, ge=1, description="how often items and users are fitted in closed form; the best turn is kept"
+    )
     ridge: float = Field(
-        0.3, gt=0, description="of the map from text to collab vectors, relative to the text's variance"
+        0.3, gt=0, description="ridge of the map from text to collab vectors, relative to the text's variance"
     )
     schedule: ScheduleConfig = ScheduleConfig(
         epochs=25, learning_rate=2e-3, batch_targets=1024, evaluations_per_epoch=1, patience=25
@@ -93,28 +104,35 @@ class ProjectConfig(_Frozen):
 
     form: Literal["correction", "paper"] = Field(
         "correction",
-        description="correction: the language model's logit is added, from weight zero, to stage 2's prediction, and"
-        " stage 2's vectors stay as they are; paper: the logit alone answers, and the vectors are trained too",
+        description="correction: the answer is stage 2's prediction plus the language model's logit, whose weight"
+        " starts at zero, and stage 2's vectors stay as they are; paper: the logit alone is the answer, and the"
+        " vectors are trained too",
     )
 
     slot_scale: float = Field(1.0, gt=0, description="norm of a projected vector, in mean token embedding norms")
     cold_users: float = Field(0.3, ge=0, le=1, description="share of targets whose user is folded in instead")
     cold_items: float = Field(0.1, ge=0, le=1, description="share of targets whose item is mapped from text instead")
     table_rate: float = Field(
-        0.1, ge=0, description="learning rate of the tables, relative to the projections'; form paper"
+        0.1, ge=0, description="learning rate of the tables, relative to the projections'; for form paper only"
     )
-    table_decay: float = Field(0.0, ge=0, description="pull of the tables back to stage 2's")
+    table_decay: float = Field(0.0, ge=0, description="pull of the tables back to stage 2's vectors")
     schedule: ScheduleConfig = ScheduleConfig(epochs=0.6, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=200)
 
 
 class Config(_Frozen):
     """Everything a `fit` depends on besides the data and the backbone."""
 
-    seed: int = Field(0, ge=0, description="of every random draw; equal seeds give equal bundles on a CPU")
+    seed: int = Field(0, ge=0, description="seed of every random draw; equal seeds give equal bundles on a CPU")
     template: TemplateConfig = TemplateConfig()
-    ties: Ties = Field("strict", description="what a history holds of the row's own second (docs/data.md); none of it")
+    ties: Ties = Field(
+        "strict",
+        description="strict: a history has no row of the row's own second; file-order: it has the earlier ones"
+        " (docs/data.md)",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the merged weights: embed, train, serve; auto: float32 for tiny, bfloat16 for the rest"
+        "auto",
+        description="type of the merged weights in embedding, training and serving; auto: float32 for tiny, bfloat16"
+        " for the rest",
     )
     autocast: bool = Field(True, description="bf16 products in training; weights and gradients stay in their type")
     max_tokens: int = Field(2048, ge=64, description="tokens of one forward and backward")
@@ -143,7 +161,7 @@ class Config(_Frozen):
     def changed_by(cls, given: Any) -> "Config":
         """Return the defaults with the keys that are given, at any depth, in their place.
 
-        A plural that is not given is the given noun with an s. `template.model_fields_set` has what was given.
+        Without a plural, it is the given noun with an s. `template.model_fields_set` has the keys that were given.
 
         Raises:
             ValidationError: a key or value that does not belong.
@@ -155,10 +173,10 @@ class Config(_Frozen):
         return config.model_copy(update={"template": TemplateConfig.model_validate(named)})
 
     def calling_items(self, noun: str | None, plural: str | None) -> "Config":
-        """Return the configuration with another noun for an item; a plural that is not given is the noun with an s.
+        """Return the configuration with another noun for an item; without a plural, it is the noun with an s.
 
         Raises:
-            ConfigError: a plural of no noun, or a word that is too long.
+            ConfigError: a plural without a noun, or a word that is too long.
         """
         if noun is None and plural is None:
             return self

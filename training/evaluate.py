@@ -56,7 +56,7 @@ class Scorer:
         return self.user(user, user.history if user else (), user.history_total if user else 0)
 
     def user_counts(self, user_id: str) -> Counts:
-        """Return the bundle's counts of a user; zero for one that it has never heard of."""
+        """Return the bundle's counts of a user; zero for an unknown user."""
         user = self.tables.user(user_id)
         return Counts() if user is None else user.counts
 
@@ -77,7 +77,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class ScoredSplit:
-    """The language model's scores of a split's rows, and what else was assembled for them; `(B,)` and `(B, C)`."""
+    """The raw scores of a split's rows, and their vectors and cold flags; `(B,)` and `(B, C)`."""
 
     raw_B: Floats
     user_BC: Floats
@@ -86,7 +86,7 @@ class ScoredSplit:
     cold_item_B: NDArray[np.bool_]
 
     def known(self, counts: RowCounts, *, live: bool) -> Known:
-        """Return what the fusion knows of the rows under these counts, which are live or static."""
+        """Return the fusion's inputs for the rows with these counts, which are live or static."""
         return Known(
             lm_K=raw_logits(self.raw_B),
             user_KC=self.user_BC,
@@ -109,7 +109,7 @@ def score_split(
     max_tokens: int,
     progress: Progress = no_progress,
 ) -> ScoredSplit:
-    """Score every row of a split, each under the history it had then.
+    """Score every row of a split, each with its history at that time.
 
     Nothing of the bundle's stored histories is used: at the time of the row they had not all happened.
     """
@@ -153,11 +153,11 @@ def judge(
     *,
     replicates: int = REPLICATES,
 ) -> dict[str, Any]:
-    """Return AUC, UAUC, log-loss and calibration error of `score`, and of every other scorer beside it.
+    """Return AUC, UAUC, log-loss and calibration error of `score` and of every other scorer.
 
-    `score` is judged on all rows, on warm and on cold rows, on those of new items and on those whose history has at
-    least two titles. Warm: user and item both have training data in the bundle. New items: the item has none, whoever
-    the user is. "score minus" has its paired differences to the others.
+    `score` is measured on all rows, on warm rows, on cold rows, on rows of new items and on rows whose history has at
+    least two titles. Warm: user and item both have training data in the bundle. New items: the item has none, for any
+    user. "score minus" has the paired differences between `score` and the others.
     """
     labels_B = dataset.splits[split]["label"].to_numpy()
     rows = histories.of_split(split)

@@ -140,7 +140,7 @@ def shuffled_steps(targets: Targets, batch_targets: int, rng: np.random.Generato
 
 
 def forwards(packs: Iterable[tuple[Pack, Int32]], max_tokens: int) -> Iterator[list[tuple[Pack, Int32]]]:
-    """Fill forwards with packs in order, at most `max_tokens` in each but one pack at least."""
+    """Fill forwards with packs in order: at most `max_tokens` tokens in each, but at least one pack."""
     batch: list[tuple[Pack, Int32]] = []
     tokens = 0
     for pack, rows in packs:
@@ -154,7 +154,7 @@ def forwards(packs: Iterable[tuple[Pack, Int32]], max_tokens: int) -> Iterator[l
 
 
 def rows_in(step: list[Int32]) -> int:
-    """Return how many targets the groups of a step have."""
+    """Return the number of targets in the groups of a step."""
     return sum(map(len, step))
 
 

@@ -1,11 +1,13 @@
-"""Fits the fusion: the rates' smoothing from train, the weights from valid.
+"""Fits the fusion: the smoothing of the rates on train, the weights on valid.
 
-The weights are those of a logistic regression under bounds (no input but the cold flags may hurt) and a penalty that
-pulls towards a smaller model of three weights: one for the whole collaborative prediction, one for the language model,
-one for both rates. Static and live counts get a fit each. Static rates say little beyond the collaborative prediction,
-which comes from the same labels: their smaller model is without rates, and the cold flags are left out.
+The weights come from a logistic regression with bounds (only cold flags may have negative weights) and a penalty. The
+penalty pulls towards a smaller model of three weights: one for the whole collaborative prediction, one for the language
+model, one for both rates. Static counts and live counts get separate fits. Static rates say little beyond the
+collaborative prediction, which comes from the same labels. So the smaller model of static counts has no rates, and the
+cold flags have weight zero.
 
-A row that fits the weights must not judge them: `cross_fitted` gives valid's scores under fusions of other users' rows.
+A row that fits the weights must not judge them. `cross_fitted` scores each row of valid by weights that were fitted on
+other users' rows.
 
 Shapes: B rows of valid, N rows of a fit, J inputs, S weights of the smaller model, U users, F folds.
 """
@@ -22,13 +24,13 @@ from scipy.special import betaln, expit
 from models.fusion import INPUTS, SIGNED, Doubles, Floats, Fusion, Known, Rates, Weight, Weights, fusion_inputs
 from training.counts import counts_by_id
 
-PENALTY_ROWS = 5.0  # the penalty on the weights of the smaller model weighs as much as this many rows
-# That on all weights as much as the rows of this many users: rows of one user say much the same. MovieLens-1M's valid
-# has 10,401 rows of 356 users, the most active of whom make them worth 96.
+PENALTY_ROWS = 5.0  # the penalty on each weight of the smaller model, in rows
+# The penalty on all weights, in users, because the rows of one user carry much the same information. The valid split of
+# MovieLens-1M has 10,401 rows of 356 users; weighted by their rows, its most active users make them count as 96.
 PENALTY_USERS = 2.0
-# The penalty on cold flags, relative: one number for a group of few users seldom holds for others.
+# The penalty on cold flags, relative: a weight fitted on a few cold users seldom holds for others.
 COLD_PENALTY = 50.0
-LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # below these, ten weights would be noise
+LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # with fewer, the ten weights would be noise
 FOLDS = 5
 REPLICATES = 300
 ROWS_AT_ONCE = 100_000
@@ -41,13 +43,13 @@ COLD = np.array([name in SIGNED for name in NAMES])
 
 
 def fit_rates(train: pl.DataFrame) -> Rates:
-    """Return the base rate of train, and the strengths of smoothing that its users and items ask for.
+    """Return the base rate of train, and the strengths of smoothing fitted to its users and items.
 
     A strength maximises the beta-binomial likelihood of the counts with the mean at the base rate, under a weak
-    log-normal prior at the default: single impressions say nothing about a strength.
+    log-normal prior at the default: users or items with one impression say nothing about a strength.
     """
     weights, labels = train["weight"].to_numpy().astype(np.float64), train["label"].to_numpy()
-    edge = 1 / (train.height + 2)  # train of one class
+    edge = 1 / (train.height + 2)  # if train has one class
     base = float(np.clip((weights * labels).sum() / weights.sum(), edge, 1 - edge))
     default = Rates()
     return Rates(
@@ -60,7 +62,7 @@ def fit_rates(train: pl.DataFrame) -> Rates:
 def fit_fusion(
     static: Known, live: Known, labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates
 ) -> Fusion:
-    """Return the fusion of all rows, from what is known of them by static and by live counts.
+    """Return the fusion fitted on all rows, whose inputs are given with static and with live counts.
 
     Raises:
         ValueError: the counts are not static and live, in this order.
@@ -72,10 +74,10 @@ def fit_fusion(
 
 
 def fit_weights(known: Known, labels_B: NDArray[np.number], users_B: NDArray[np.integer], rates: Rates) -> Weights:
-    """Return the weights of all rows, for counts like those in `known`.
+    """Return the weights fitted on all rows, for the kind of counts (static or live) in `known`.
 
-    Intervals are percentiles over users drawn anew; each replicate takes one Newton step from the fitted weights, under
-    the same bounds, so that hundreds cost less than the fit.
+    Intervals are percentiles of a bootstrap over users. Each replicate takes one Newton step from the fitted weights,
+    under the same bounds, so that hundreds of replicates cost less than the fit.
     """
     design = _Design.of(known, labels_B, users_B, rates)
     fitted = _fit(design, rates)
@@ -99,11 +101,12 @@ def cross_fitted(
     folds: int = FOLDS,
     seed: int = 0,
 ) -> Floats:
-    """Return scores, `(B,)`, every row's by weights that were fitted on the rows of other users.
+    """Return scores, `(B,)`; the weights for each row were fitted on the rows of other users.
 
-    A fold's intercept is low where the users left out like much. Beside rows of other folds that would lower the AUC
-    of any scorer, by 0.004 for 350 users. So every fold's logits of all rows get one mean and one spread, the average
-    of the folds' own: two numbers for all rows alike, which order none before another.
+    If the users of a fold have many positives, the weights that leave them out have a low intercept. This would lower
+    the AUC of any scorer over all rows, by 0.004 for 350 users. So the logits that each fold's weights give to all rows
+    are shifted and scaled to a common mean and spread, the averages over the folds. One map for all rows of a fold does
+    not change their order.
     """
     design = _Design.of(known, labels_B, users_B, rates)
     users, code_N = np.unique(design.user_N, return_inverse=True)
@@ -141,18 +144,18 @@ class _Design:
 
     @property
     def smaller(self) -> list[NDArray[np.bool_]]:
-        """The inputs, `(J,)`, that share each weight of the smaller model."""
+        """The inputs, `(J,)`, of each weight of the smaller model."""
         return [COLLAB, LM, RATES] if self.live else [COLLAB, LM]
 
     @property
     def penalty_rows(self) -> float:
-        """How many rows `PENALTY_USERS` users have, a row of an active user counting as often as theirs are many."""
+        """The penalty in rows: `PENALTY_USERS` times the mean rows a user, weighted by each user's rows."""
         rows_U = np.unique(self.user_N, return_counts=True)[1]
         return float(PENALTY_USERS * (rows_U**2).sum() / rows_U.sum())
 
     @property
     def enough(self) -> bool:
-        """Whether there are rows enough to fit weights."""
+        """Whether there are enough rows to fit weights."""
         positive, rows = self.labels_N.sum(), len(self.labels_N)
         return bool(rows >= LEAST_ROWS and min(positive, rows - positive) >= LEAST_OF_A_CLASS)
 
@@ -180,7 +183,7 @@ class _Penalised:
     ) -> None:
         self.mean_J = inputs_NJ.mean(axis=0)
         spread_J = inputs_NJ.std(axis=0)
-        # An input that never varies cannot be told from the intercept: its penalty alone decides.
+        # A constant input acts like the intercept: the penalty alone sets its weight.
         self.spread_J = np.where(spread_J > 1e-9, spread_J, 1.0)
         self.inputs_NJ = np.column_stack([np.ones(len(inputs_NJ)), (inputs_NJ - self.mean_J) / self.spread_J])
         self.labels_N = labels_N
@@ -216,13 +219,13 @@ class _Penalised:
         return np.asarray(minimize(self.loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x)
 
     def unscaled(self, weights: Doubles) -> tuple[float, Doubles]:
-        """Return the intercept and the weights of the inputs as they are."""
+        """Return the intercept and the weights of the inputs in their own units."""
         weights_J = weights[1:] / self.spread_J
         return float(weights[0] - weights_J @ self.mean_J), weights_J
 
 
 def _fit(design: _Design, rates: Rates) -> _Fitted:
-    """Fit all weights, pulled towards the smaller model; without rows enough return what needs no data."""
+    """Fit all weights, pulled towards the smaller model; with too few rows return the weights that need no data."""
     without_data = _prior(rates)
     if not design.enough:
         return without_data
@@ -252,7 +255,7 @@ def _prior(rates: Rates) -> _Fitted:
 
 
 def _intervals(design: _Design, fitted: _Fitted, seed: int = 0) -> tuple[Doubles, Doubles]:
-    """Return the 2.5 % and 97.5 % percentiles of every weight over users drawn anew."""
+    """Return the 2.5 % and 97.5 % percentiles of every weight over a bootstrap of users."""
     model = fitted.penalised
     assert model is not None
     center = np.concatenate([[fitted.intercept + fitted.weights_J @ model.mean_J], fitted.weights_J * model.spread_J])
@@ -262,7 +265,7 @@ def _intervals(design: _Design, fitted: _Fitted, seed: int = 0) -> tuple[Doubles
     gradient_UJ = np.stack([np.bincount(code_N, weights=column) for column in each_NJ.T], axis=1)
     pull = model.penalty * (center - model.prior)
     rng = np.random.default_rng(seed)
-    bounds = (model.low - 1e-12, model.high + 1e-12)  # lsq_linear wants the one below the other
+    bounds = (model.low - 1e-12, model.high + 1e-12)  # lsq_linear needs each lower bound below the upper
     steps = []
     for _ in range(REPLICATES):
         users = len(gradient_UJ)
@@ -275,7 +278,7 @@ def _intervals(design: _Design, fitted: _Fitted, seed: int = 0) -> tuple[Doubles
 
 
 def _strength(counts: pl.DataFrame, base: float, default: float) -> float:
-    # Ids of equal counts are one term.
+    # Ids with equal counts become one term.
     distinct = counts.group_by("impressions", "positives").agg(ids=pl.len()).sort("impressions", "positives")
     hits, ids = distinct["positives"].to_numpy(), distinct["ids"].to_numpy()
     misses = distinct["impressions"].to_numpy() - hits

@@ -46,7 +46,7 @@ class StageLoop(Generic[Step]):
         evaluate: returns validation figures; the parameters with the highest `objective` are kept.
         objective: which of the figures that is.
         serial: whether the main process takes the whole stage alone.
-        rows: how many rows a step has, for the progress.
+        rows: returns the number of rows of a step, for the progress.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 REPLICATES = 1000
 LEAST_REPLICATES = 100
-ROWS_REPLICATED = 200_000_000  # rows times replicates: seconds for a scorer
+ROWS_REPLICATED = 200_000_000  # limit of rows times replicates, which takes seconds for a scorer
 CALIBRATION_BINS = 15
 
 
@@ -69,9 +69,9 @@ def compare_scores(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
-    """Return auc, uauc, log_loss and ece of each scorer, and `ours` minus each other one in auc and uauc.
+    """Return auc, uauc, log_loss and ece of each scorer, and `ours` minus each other scorer in auc and uauc.
 
-    All scorers are judged on the same resampled users; all are probabilities, `(B,)` each.
+    All scorers are measured on the same resampled users; all scores are probabilities, `(B,)` each.
     """
     replicas = _Replicas(users_B, replicates, seed)
     samples = replicas.samples(
@@ -138,8 +138,8 @@ class Statistic(Protocol):
 class _Replicas:
     """How often each user is drawn in each replicate; replicate 0 is the data itself.
 
-    Weights are drawn anew each time they are asked for: all at once they would take replicates times users numbers.
-    Above `ROWS_REPLICATED` rows over all replicates there are fewer replicates, down to `LEAST_REPLICATES`.
+    Weights are drawn again at each call: kept in memory they would take replicates times users numbers. Above
+    `ROWS_REPLICATED` rows over all replicates there are fewer replicates, but at least `LEAST_REPLICATES`.
     """
 
     def __init__(self, users_B: NDArray[np.integer], replicates: int, seed: int) -> None:
@@ -149,7 +149,7 @@ class _Replicas:
         self._replicates, self._seed = min(replicates, affordable), seed
 
     def weights(self) -> Iterator[Floats]:
-        """Yield the weights of the users, (U,), of each replicate: the same at every call."""
+        """Yield the weights of the users, (U,), of each replicate; every call yields the same weights."""
         rng = np.random.default_rng(self._seed)
         yield np.ones(self.users)
         for _ in range(self._replicates):

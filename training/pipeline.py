@@ -73,11 +73,11 @@ def fit(
 ) -> dict[str, Any]:
     """Train every stage and write the bundle; returns its validation report. A finished run resumes to its report.
 
-    `begun` is called with the data and histories in the main process, once the run folder is claimed.
+    The main process calls `begun` with the data and histories, after the run folder is claimed.
 
     Raises:
         BundleError: something else is already at `out`.
-        BackboneError, TokenizerError: the backbone cannot be used; the run folder is not claimed then.
+        BackboneError, TokenizerError: the backbone cannot be used; the run folder is then not claimed.
         RunError: the run folder holds another run.
     """
     if out.exists() and not (resume and run.claimed):
@@ -108,7 +108,7 @@ def fit(
 
 
 def prepare(run: Run, dataset: Dataset, histories: Histories, base: Base | None) -> Prepared:
-    """Take the opened backbone, or make `tiny`; train its adapter, merge the two, and distil every item.
+    """Take the opened backbone, or make `tiny`; train its adapter, merge the two, and embed every item.
 
     Raises:
         RunError: the run that is resumed began with another backbone.

@@ -1,10 +1,10 @@
-"""How far a long task is: a bar on a terminal; elsewhere plain lines, at least one every 30 seconds."""
+"""The progress of a long task: a bar on a terminal; otherwise plain lines, at least one every 30 seconds."""
 
 import time
 from collections.abc import Callable
 from datetime import timedelta
 
-INTERVAL_S = 20.0  # a line is due; the forward under way may take 10 more
+INTERVAL_S = 20.0  # after this a line is due; the running forward may take 10 s more
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -14,7 +14,7 @@ def no_progress(done: int, total: int) -> None:
 
 
 class Lines:
-    """Prints lines, and knows when the last one was: tasks inside each other share the interval.
+    """Prints lines and records the time of the last one; nested tasks share the interval.
 
     Args:
         write: prints a line.
@@ -40,14 +40,14 @@ class Lines:
 class TaskProgress:
     """Measures one task, and prints a line when one is due.
 
-    Loss and rows a second are those since the last line. Seconds between two steps (an evaluation, a checkpoint) count
-    in the time left, and not in the rows a second.
+    Loss and rows a second are measured since the last line. The seconds between two steps (an evaluation, a checkpoint)
+    count for the time left, but not for the rows a second.
 
     Args:
         lines: prints.
         title: the task's name.
-        total: how many steps or rows it has in all.
-        done: how many of them an earlier process made.
+        total: the number of its steps or rows.
+        done: how many of them an earlier process completed.
         unit: what is counted.
         draw: shows done, total and a text at every update; a bar.
     """
@@ -84,10 +84,10 @@ class TaskProgress:
         """Begin to measure the seconds of the next update."""
         self._step_started = self._clock()
         if self.done == self._done_before:
-            self._counted_from = self._step_started  # what came before the first step says nothing of the time left
+            self._counted_from = self._step_started  # time before the first step says nothing about the time left
 
     def update(self, done: int, *, loss: float | None = None, rows: int = 0) -> None:
-        """Count what was done since the last update, and show it if it is time."""
+        """Count the work since the last update, and show it if a line is due."""
         now = self._clock()
         self._busy_s += now - self._step_started
         self._step_started = now
@@ -104,12 +104,12 @@ class TaskProgress:
         self.update(done, rows=done - self.done)
 
     def tick(self) -> None:
-        """Print a line if it is time: for work inside a step that may be long."""
+        """Print a line if one is due; for long work inside a step."""
         if self._lines.due:
             self._line(f"{self._time_left()} left")
 
     def note(self, text: str) -> None:
-        """Say what was measured last, such as a validation AUC."""
+        """Print the latest measurement, such as a validation AUC."""
         self._note = text
         self._redraw()
         self._lines.say(f"{self.title}: {self._unit} {self.done:,}: {text}")

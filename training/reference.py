@@ -1,4 +1,4 @@
-"""The reference of the configuration, docs/configuration.md, written from its models."""
+"""Writes the reference of the configuration, docs/configuration.md, from the configuration's models."""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def configuration_reference() -> str:
 
 
 def configuration_keys(model: BaseModel, above: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
-    """Yield every key with its default and its field; a part's keys follow its name and a dot."""
+    """Yield every key with its default and its field; a key inside a part is the part's name, a dot and its name."""
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):

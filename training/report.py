@@ -1,4 +1,4 @@
-"""What each stage reached on the validation split, side by side, with paired intervals; a verdict in sentences."""
+"""Compares the stages on the validation split, with paired intervals; writes the verdict in sentences."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from training.stages.project import Projected, collab_predictions
 
 
 def stage_report(run: Run, examples: Examples, collab: Collab, result: Projected) -> dict[str, Any]:
-    """Return every stage's AUC and UAUC, and stage 3's paired difference to each of the others.
+    """Return the AUC and UAUC of every stage, and the paired difference between stage 3 and each other stage.
 
-    All on the rows of valid that choose checkpoints: scoring the rest twice more would take a language model on a CPU
-    as long as its training.
+    All are measured on the rows of valid that choose checkpoints. Scoring the other rows twice more would take as long
+    as the training on a CPU.
     """
     valid = examples.targets("valid", run.config.max_targets).limited(run.config.validation_rows)
     judged = np.concatenate(valid.groups)
@@ -39,7 +39,7 @@ def stage_report(run: Run, examples: Examples, collab: Collab, result: Projected
 
 
 def verdict_sentences(report: dict[str, Any], split: str) -> list[str]:
-    """Return a sentence for every scorer and metric by which `score` loses, its whole interval below zero."""
+    """Return a sentence for every scorer and metric where the interval of `score` minus the scorer is below zero."""
     where = f"{split} with live counts" if report["live"] else split
     losses = []
     for name, differences in report["score minus"].items():

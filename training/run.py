@@ -65,12 +65,12 @@ class Run:
         return (self.folder / "run.json").exists()
 
     def check(self, identity: dict[str, Any], *, resume: bool) -> None:
-        """Refuse a run folder that `claim` would refuse; nothing is written.
+        """Refuse a run folder that `claim` would refuse; write nothing.
 
         Raises:
-            RunError: it holds another run, or one that was not asked to resume.
+            RunError: the folder holds another run, or it holds a run and `resume` is False.
         """
-        if not self.is_main or not self.claimed:  # another process may look when the first one has claimed it
+        if not self.is_main or not self.claimed:  # the main process may claim it before another process looks
             return
         found = json.loads((self.folder / "run.json").read_text())
         changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
@@ -92,15 +92,15 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def pin(self, name: str, found: dict[str, Any]) -> None:
-        """Keep what the run began with in `name`.json; resumed, it must be the same.
+        """Write `found` to `name`.json when the run begins; in a resumed run it must be the same.
 
         Raises:
-            RunError: it is another.
+            RunError: it differs.
         """
         path = self.folder / f"{name}.json"
         if path.exists() and json.loads(path.read_text()) != found:
             raise RunError(f"{self.folder} began with another {name}, which has changed since; remove it to start anew")
-        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        self.accelerator.wait_for_everyone()  # no process writes before all processes have looked
         if self.is_main and not path.exists():
             write_json(path, found)
 
@@ -122,7 +122,7 @@ class Run:
 
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0, *, unit: str = "step") -> Iterator[TaskProgress]:
-        """Show a task of the main process: one bar on a terminal, else a line at its begin, its end and between."""
+        """Show a task of the main process: a bar on a terminal, otherwise lines from its start to its end."""
         if not (self.is_main and self.console.is_terminal):
             progress = TaskProgress(self.lines, title, total, done, unit=unit)
             progress.begin()
@@ -147,7 +147,7 @@ class Run:
             yield TaskProgress(self.lines, title, total, done, unit=unit, draw=draw)
 
     def inner_progress(self, title: str, total: int) -> TaskProgress:
-        """Report the rows of a part of a task, such as a stage's evaluation: lines, and nothing beside a bar."""
+        """Report the rows of a part of a task, such as a stage's evaluation: in lines only, without a bar."""
         return TaskProgress(self.lines, title, total, unit="row")
 
     def _write_line(self, line: str) -> None:

@@ -68,7 +68,7 @@ def open_scorer(folder: Path, device: str, dtype: str | None) -> tuple[Bundle, S
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Show a bar on stderr, so that standard output holds the result alone; a line every 30 s where it is a file."""
+    """Show a bar on stderr, so that stdout has only the result; if stderr is no terminal, a line every 30 s."""
     console = Console(stderr=True)
     if not console.is_terminal:
         lines = Lines(lambda line: print(line, file=sys.stderr, flush=True))

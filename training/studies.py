@@ -71,7 +71,7 @@ def window_study(run: Run, dataset: Dataset, backbone: str, folder: Path) -> tup
     results: list[WindowResult] = []
     for window in ("sliding", "anchored"):
         template = run.config.template.model_copy(update={"window": window})
-        # All of valid chooses checkpoints: rows that are left out would be others for each window.
+        # All rows of valid choose checkpoints: a limit would leave out other rows for each window.
         rows = dataset.splits["valid"].height
         config = run.config.model_copy(update={"template": template, "validation_rows": rows})
         part = Run(folder / window, config, run.accelerator, run.console)

@@ -1,6 +1,6 @@
-"""The verdict: a bundle's `score` on a split beside what a practitioner would try first.
+"""The verdict: compares a bundle's `score` on a split with simple scorers.
 
-`fit` judges valid by fusions that were fitted on other users' rows; `evaluate` judges the bundle as it is.
+`fit` judges valid by fusions that were fitted on other users' rows; `evaluate` judges the bundle's own fusion.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from training.data.history import Histories
 from training.evaluate import SCORE, ScoredSplit, judge
 from training.fusion import cross_fitted, fit_fusion, fit_rates, scores_of
 
-WITH_LIVE_COUNTS = "with live counts"  # of fit's report: the same judged with live counts
+WITH_LIVE_COUNTS = "with live counts"  # key in the report of `fit`: the same report with live counts
 
 
 class FittedFusion(NamedTuple):
@@ -34,7 +34,7 @@ def judge_bundle(
     tables: Tables,
     counting: Counting,
 ) -> dict[str, Any]:
-    """Return the report of a bundle on a split; a scorer that needs what is not there is named in "left out"."""
+    """Return the report of a bundle on a split; "left out" names a scorer that cannot be fitted, and the reason."""
     counts = row_counts(dataset, split, counting, tables)
     boosting = Boosting.fit(dataset, histories, fusion.rates) if "train" in dataset.splits else None
     scores = {SCORE: scores_of(fusion, scored.known(counts, live=counting.live))}
@@ -59,7 +59,7 @@ def fit_and_judge(
         scores = {SCORE: crossed[-1]}
         scores |= _baselines(scored, dataset, histories, "valid", counting, counts, rates, boosting)
         report = judge(scores, dataset, histories, "valid", tables) | _circumstances(counting, dataset, boosting)
-        # The fusion that judges a row was fitted on other users' rows; the checkpoints were chosen on these.
+        # The fusion that judges a row was fitted on other users' rows. The checkpoints were chosen on valid.
         reports.append(report | {"chosen on valid": ["checkpoints"]})
     fusion = fit_fusion(known[0], known[1], labels_B, users_B, rates)
     return FittedFusion(fusion, reports[0] | {WITH_LIVE_COUNTS: reports[1]}, crossed[1])
@@ -88,6 +88,6 @@ def _baselines(
 def _circumstances(counting: Counting, dataset: Dataset, boosting: Boosting | None) -> dict[str, Any]:
     found: dict[str, Any] = {"live": counting.live, "delay": counting.delay}
     if boosting is None:
-        reason = "train has one class alone" if "train" in dataset.splits else "the data folder has no train split"
+        reason = "train has only one class" if "train" in dataset.splits else "the data folder has no train split"
         found["left out"] = {"boosting": reason}
     return found

@@ -40,7 +40,7 @@ class BundleHandle:
     store: FeatureStore
     assembler: Assembler
     fusion: Fusion
-    counts: LiveCounts  # since the bundle's own
+    counts: LiveCounts  # since the end of the bundle's own counts
     engine: Engine
     batcher: Batcher
 

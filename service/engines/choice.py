@@ -66,7 +66,8 @@ def open_engine(
 
 def sharing_key(settings: Settings, bundle: Bundle, assembler: Assembler) -> tuple[str, int]:
     """Return what bundles must have in common to share one loaded model; the settings are the same for all."""
-    longest = longest_prompt(assembler.template) if settings.engine == "vllm" else 0  # vLLM is started for a length
+    # vLLM is started with a maximum length.
+    longest = longest_prompt(assembler.template) if settings.engine == "vllm" else 0
     return bundle.manifest.backbone.merged_id, longest
 
 

@@ -12,8 +12,8 @@ LIVE = "sella:live:"
 DELETED = LIVE + "deleted"  # a hash: user id -> UTC seconds
 APPLIED = LIVE + "applied"  # a hash: log id -> the seq of its last entry that was applied
 LIKES = LIVE + "likes:"  # + user id, a sorted set: time -> event id, NUL, item id
-IMPRESSION = LIVE + "impression:"  # + sha1 of the impression's id: what became of it
-TABLES = LIVE + "tables"  # how many tables of counts there have been; each gets the next number
+IMPRESSION = LIVE + "impression:"  # + sha1 of the impression's id: its state
+TABLES = LIVE + "tables"  # the number of tables of counts made so far; each table gets the next number
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class BundleKeys:
 
     @property
     def counts(self) -> str:
-        """What the number of the bundle's table of counts is appended to, which meta has."""
+        """Prefix of the keys of live counts; the number of the bundle's table, which meta has, follows."""
         return self.prefix + "n:"
 
     @property

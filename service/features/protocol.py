@@ -20,7 +20,7 @@ class Query:
     user_ids: frozenset[str]
     item_ids: frozenset[str]
     histories_of: frozenset[str]  # users whose stored history stands in a prompt: its items are wanted too
-    counts_of: frozenset[str] = frozenset()  # items whose live counts are wanted; those of the users always are
+    counts_of: frozenset[str] = frozenset()  # items whose live counts are wanted; users' live counts always are
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Features:
     `items` are those asked for, whole: only they can be candidates. `history_items` are those that only the stored
     histories and the likes in `live` name; a store may answer them without the vectors behind a candidate's slots.
     `live` is what the store shares with other servers of the users whose stored history was wanted, and of any user
-    who was deleted. `counted` is what all servers have counted since the bundle's own counts.
+    who was deleted. `counted` holds the live counts of all servers since the end of the bundle's own counts.
     """
 
     users: Mapping[str, UserFeatures]

@@ -34,9 +34,9 @@ if old and old ~= ARGV[1] then
 end
 """
 
-# Begins a table of counts, unless the bundle has one that stays. KEYS: meta, bundles, number of tables. ARGV: the
-# bundle's id, until when its own counts reach. In one step: what is applied from then on is counted by that, what was
-# applied before is filled in by each server from its log.
+# Begins a table of counts, unless the bundle has a table that does not expire. KEYS: meta, bundles, number of tables.
+# ARGV: the bundle's id, the time at which its own counts end. It is one step: entries applied after it are counted at
+# once, and each server fills in the entries applied before it from its log.
 _COUNT = """
 if not redis.call('HGET', KEYS[1], 'counts') or redis.call('HEXISTS', KEYS[1], 'expires_at') == 1 then
   redis.call('HSET', KEYS[1], 'counts', redis.call('INCR', KEYS[3]), 'counted_until', ARGV[2])

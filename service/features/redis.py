@@ -1,10 +1,9 @@
 """Users, items and live histories from Redis: one round trip a look-up.
 
-A look-up sends one script and one MGET at once. The script answers what hangs together: whether Redis holds the whole
-bundle, the users, who was deleted, their likes, live counts, and of the items of histories the beginnings of the
-records. The MGET
-answers the candidates that this process does not hold. The script makes keys out of what it reads, so this needs one
-Redis or a replicated one, not a cluster.
+A look-up sends one script and one MGET at once. The script returns all that must be read at one moment: whether Redis
+holds the whole bundle, the users, the deletions, the likes, the live counts, and the beginnings of the records of items
+in histories. The MGET returns the candidates that this process does not hold. The script makes keys out of what it
+reads, so this needs one Redis or a replicated one, not a cluster.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +26,9 @@ from service.interactions.counts import NOTHING_COUNTED, Counted
 from service.interactions.live import Like, LiveUser
 from service.metrics.store import FallbackReason
 
-# KEYS: meta, deletions, prefixes of likes, items, users and tables of counts. ARGV: the bundle's id, d_collab, how many
-# users, of each the id and 1 if the stored history is wanted, then the items whose counts are wanted. The offsets are
-# the codec's.
+# KEYS: meta, deletions, prefixes of likes, items, users and tables of counts. ARGV: the bundle's id, d_collab, the
+# number of users; for each user the id and 1 if the stored history is wanted; then the items whose counts are wanted.
+# The offsets are the codec's.
 _LOOK_UP = """
 local meta = redis.call('HMGET', KEYS[1], 'bundle_id', 'complete', 'counts')
 if meta[1] ~= ARGV[1] or meta[2] ~= '1' then return {0} end
@@ -225,12 +224,12 @@ def _text(value: bytes | str | None) -> str:
 
 
 def counts_told(ids: Sequence[str], told: Sequence[Sequence[bytes | None]]) -> dict[str, Counts]:
-    """Return counts by id from impressions and positives as Redis tells them; those never counted are missing."""
+    """Return counts by id from the numbers that Redis returned, without ids that were never counted."""
     counts = {}
     for one, (shown, liked) in zip(ids, told, strict=True):
         positives = max(0, int(liked or 0))
         if shown is not None or positives:
-            # A deletion takes a user's counts and leaves the impressions that came later: more positives than those.
+            # After a deletion a user's positives can exceed the impressions: the deletion removes earlier impressions.
             counts[one] = Counts(max(positives, int(shown or 0)), positives)
     return counts
 

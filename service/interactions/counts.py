@@ -1,7 +1,6 @@
-"""Live counts: impressions with a known outcome and positives, counted since a bundle's own counts end.
+"""Live counts: impressions with a known outcome and positives, counted since the end of a bundle's own counts.
 
-The log is the truth: counts are filled from it by one query, and kept up by the changes that its writer reports after
-each commit.
+The counts follow the log: one query fills them, and the log's writer reports the changes after each commit.
 """
 
 import threading
@@ -15,20 +14,20 @@ PENDING, NEGATIVE, POSITIVE = 0, 1, 2
 
 
 class Standing(NamedTuple):
-    """Where an impression stands: its state, and when the item was shown, UTC seconds by the client."""
+    """The state of an impression, and the time when the item was shown, UTC seconds by the client."""
 
     state: int
     shown: float
 
     def counts(self, until: float) -> Counts:
-        """Return what the impression counts for a bundle whose own counts end at `until`."""
+        """Return what the impression adds to the live counts of a bundle whose own counts end at `until`."""
         known = self.state != PENDING and self.shown > until
         return Counts(int(known), int(known and self.state == POSITIVE))
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one entry changed of an impression. `item_id` is None where the item keeps what it has."""
+    """The change of an impression by one log entry. `item_id` is None if the item's counts do not change."""
 
     seq: int
     user_id: str
@@ -39,7 +38,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """A user was deleted; changes behind it count what is left of the user anew."""
+    """A user was deleted; the changes after it count the remaining impressions of the user again."""
 
     seq: int
     user_id: str
@@ -51,7 +50,7 @@ Table = Mapping[str, Counts]
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The live counts of one request; those never counted are missing. `live` is False where there are none to have."""
+    """The live counts of one request, without ids never counted. `live` is False if no live counts are available."""
 
     live: bool
     users: Table
@@ -62,7 +61,7 @@ NOTHING_COUNTED = Counted(False, {}, {})
 
 
 def larger(*counted: Counted) -> Counted:
-    """Return the larger counts of several sources, each of which may lack the latest and counts nothing twice."""
+    """Return the larger counts of several sources; each may lack the latest changes, and none counts anything twice."""
     live = [one for one in counted if one.live]
     if len(live) < 2:
         return live[0] if live else NOTHING_COUNTED
@@ -81,20 +80,21 @@ def _larger(tables: Sequence[Table]) -> Table:
 class LiveCounts:
     """The live counts of one bundle.
 
-    Threads: `of` and `live` are for any thread and take no lock, as every value is replaced at once. The others change
-    something under one lock: `apply` and `refill` in the log's writer thread, `collect` and `fill` in another one.
+    Threads: any thread may call `of` and `live`. They take no lock, because every value is replaced in one step. The
+    other methods change the counts under one lock: `apply` and `refill` in the log's writer thread, `collect` and
+    `fill` in another thread.
     """
 
     def __init__(self, until: float) -> None:
-        """`until` is where the bundle's own counts end, UTC seconds: what was shown up to then is not counted."""
+        """`until` is the end of the bundle's own counts, UTC seconds: impressions shown up to then are not counted."""
         self.until = until
         self._lock = threading.Lock()
         self._tables: tuple[dict[str, Counts], dict[str, Counts]] | None = None  # users, items; None: not filled
-        self._waiting: list[LogChange] | None = None  # what came while `fill` reads; None: nobody reads
+        self._waiting: list[LogChange] | None = None  # changes during a `fill`; None: no `fill` is running
 
     @property
     def live(self) -> bool:
-        """Whether the counts have been filled, and so hold everything that was acknowledged."""
+        """Whether the counts are filled, and so include every acknowledged interaction."""
         return self._tables is not None
 
     def of(self, user_ids: Iterable[str], item_ids: Iterable[str]) -> Counted:
@@ -109,7 +109,7 @@ class LiveCounts:
         )
 
     def refill(self, users: Table, items: Table) -> None:
-        """Begin anew with what the log has; called in the writer's thread, so no change is under way."""
+        """Replace the counts by those of the log. The writer's thread calls it, so no change comes in between."""
         with self._lock:
             self._tables, self._waiting = (dict(users), dict(items)), None
 
@@ -119,7 +119,7 @@ class LiveCounts:
             self._waiting = []
 
     def fill(self, seq: int, users: Table, items: Table) -> None:
-        """Begin with what the log had up to `seq`, and what has come since; nothing where `refill` was first."""
+        """Set the counts to those of the log up to `seq` and add the collected changes; do nothing after a `refill`."""
         with self._lock:
             if self._tables is None and self._waiting is not None:
                 tables = dict(users), dict(items)
@@ -130,7 +130,7 @@ class LiveCounts:
             self._waiting = None
 
     def apply(self, changes: Sequence[LogChange]) -> None:
-        """Count what one commit of the log has changed."""
+        """Apply the changes of one commit of the log."""
         with self._lock:
             if self._tables is not None:
                 for change in changes:

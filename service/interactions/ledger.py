@@ -48,7 +48,7 @@ class Taken:
 
 
 class Ledger:
-    """One open log, used by one thread. `changes` are those made since whoever calls has last emptied the list."""
+    """One open log, used by one thread. `changes` are the changes since the caller last emptied the list."""
 
     def __init__(self, connection: sqlite3.Connection, attribution_s: float) -> None:
         self._db = connection
@@ -184,7 +184,7 @@ class Ledger:
         return found
 
     def counted_since(self, until: float) -> tuple[dict[str, Counts], dict[str, Counts]]:
-        """Return what users and items count of impressions shown after `until`; reads the whole log."""
+        """Return the counts of users and of items, of impressions shown after `until`; reads the whole log."""
 
         def grouped(column: str) -> dict[str, Counts]:
             rows = self._db.execute(
@@ -197,7 +197,7 @@ class Ledger:
         return grouped("user_id"), grouped("item_id")
 
     def known_impressions(self, since: float, after: str, limit: int) -> list[Impression]:
-        """Return impressions with a known outcome that were shown after `since`, by id from behind `after` on."""
+        """Return impressions with a known outcome, shown after `since`, whose id is greater than `after`, by id."""
         rows = self._db.execute(
             "SELECT impression_id, user_id, item_id FROM impressions"
             f" WHERE impression_id > ? AND state > {PENDING} AND shown > ? ORDER BY impression_id LIMIT ?",
@@ -251,7 +251,7 @@ class Ledger:
     def _advance(
         self, seq: int, kind: EntryKind, one: Interaction, received: float, *, rebuilt_at: int | None = None
     ) -> list[Resolved]:
-        """Move an impression on by one entry; where a deletion (its seq) rebuilds it, its item is not counted again."""
+        """Advance an impression by one entry. If a deletion rebuilds it (`rebuilt_at`), its item's counts stay."""
         unknown = NEGATIVE if kind == "expiry" else PENDING
         arrived = unknown if one.label is None else POSITIVE if one.label else NEGATIVE
         row = self._db.execute(

@@ -64,7 +64,7 @@ class EventLog:
         self._reader_error = ""
         self._ever_opened = False
         self._filling = asyncio.Lock()
-        self._counts: tuple[LiveCounts, ...] = ()  # replaced whole: the writer's thread reads it
+        self._counts: tuple[LiveCounts, ...] = ()  # replaced as a whole, because the writer's thread reads it
         self._deleted: dict[str, float] = {}  # for a log that cannot be read any more
 
     async def start(self) -> None:
@@ -73,15 +73,15 @@ class EventLog:
         await self.sweep()
 
     def register(self, counts: LiveCounts) -> None:
-        """Keep a bundle's live counts up; they are filled when the log is opened, or by `fill_counts`."""
+        """Keep a bundle's live counts up to date; they are filled when the log is opened, or by `fill_counts`."""
         self._counts += (counts,)
 
     def unregister(self, counts: LiveCounts) -> None:
-        """End keeping a bundle's live counts up."""
+        """Stop updating a bundle's live counts."""
         self._counts = tuple(one for one in self._counts if one is not counts)
 
     async def fill_counts(self) -> None:
-        """Fill live counts that are not filled yet, in a thread; those that cannot be stay as they are."""
+        """Fill live counts that are not filled yet, in a thread; if the log cannot be read they stay as they are."""
         async with self._filling:
             for counts in self._counts:
                 if self._ever_opened and not counts.live:
@@ -192,7 +192,7 @@ class EventLog:
         return self._read(lambda ledger: ledger.counts(of, ids))
 
     async def known_impressions(self, since: float, after: str, limit: int) -> list[Impression]:
-        """Return impressions with a known outcome that were shown after `since`, by id from behind `after` on.
+        """Return impressions with a known outcome, shown after `since`, whose id is greater than `after`, by id.
 
         Raises:
             LogUnavailableError: the log cannot be read now.
@@ -274,7 +274,7 @@ class EventLog:
         self._read_apart(fill)
 
     def _read_apart(self, work: Callable[[Ledger], T]) -> T:
-        """Read as of one moment, on a connection of its own: a query of the whole log would hold the event loop."""
+        """Read one snapshot on a separate connection: a query of the whole log would block the event loop."""
         connection = open_to_read(self._path)
         try:
             ledger = Ledger(connection, self._limits.attribution_s)

@@ -77,16 +77,16 @@ class Recorder:
         await self._log.close()
 
     def register(self, counts: LiveCounts) -> None:
-        """Keep a bundle's live counts up from now on; they are filled when the log opens, within a second if it has."""
+        """Keep a bundle's live counts up to date; they are filled when the log opens, or within a second of now."""
         self._log.register(counts)
 
     async def count(self, counts: LiveCounts) -> None:
-        """Keep a bundle's live counts up from now on, and fill them, if the log can be read now."""
+        """Keep a bundle's live counts up to date from now on, and fill them if the log can be read now."""
         self._log.register(counts)
         await self._log.fill_counts()
 
     def uncount(self, counts: LiveCounts) -> None:
-        """End keeping a bundle's live counts up."""
+        """Stop updating a bundle's live counts."""
         self._log.unregister(counts)
 
     async def record(self, batch: Sequence[Interaction]) -> Taken:

@@ -25,12 +25,12 @@ from service.interactions.event import LogEntry
 from service.interactions.live import MAX_LIKES
 from service.interactions.shared import CountTable, Impression, SharedStoreError
 
-# What both scripts begin with. KEYS[2], KEYS[3]: deletions, bundles. ARGV: log id, seconds that things are kept, digits
+# The beginning of all three scripts. KEYS[2], KEYS[3]: deletions, bundles. ARGV: log id, seconds to keep keys, digits
 # of a bundle id in a key, prefix of impressions.
 #
-# An impression's value: its state (p, n or y) and the time of the latest entry about it, when it was shown, the numbers
-# of the tables of counts that have counted it, and behind a space time and event of its like, if it has one. What a
-# table has counted of it is thereby known, so nothing counts twice, whichever server tells it, and how often.
+# An impression's value holds its state (p, n or y) and the time of the latest entry about it, the time when it was
+# shown, the numbers of the tables that have counted it, and after a space the time and event of its like, if any. So
+# the value says which tables have counted the impression, and nothing counts twice, however often servers send it.
 _IMPRESSIONS = """
 local retention, digits, impressions = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local bundles, tables = {}, {}
@@ -131,7 +131,7 @@ local function advance(kind, event, user, item, label, moment, impression)
   local one = read(key) or {state = 'p', latest = moment, shown = moment, counted = {}, like = ''}
   local was, anew = one.state, false
   if before_deletion(user, one.latest) then
-    -- All of it was before the deletion: new for the user, while the item keeps what was counted.
+    -- All entries were before the deletion: the impression is new for the user; the item keeps its counts.
     anew = one.state ~= 'p'
     one.state, one.latest, one.shown, one.like = 'p', moment, moment, ''
   end
@@ -156,8 +156,8 @@ redis.call('HSET', KEYS[1], ARGV[1], ARGV[5])
 """
 )
 
-# Counts for one table what was applied before there was this table. ARGV from the fifth on: the table's number, 1 where
-# this is the last part of the log, then three an impression: user, item, impression.
+# Counts for one table the impressions that were applied before the table began. ARGV from the fifth on: the table's
+# number, 1 if this is the last part of the log, then three for each impression: user, item, impression.
 _FILL = (
     _IMPRESSIONS
     + """
@@ -181,7 +181,7 @@ end
 """
 )
 
-# Which tables lack this log's earlier part: number and where each bundle's own counts end.
+# Returns the tables that lack this log's earlier entries: the number, and the end of the bundle's own counts.
 _UNFILLED = (
     _IMPRESSIONS
     + """
@@ -253,7 +253,7 @@ class RedisInteractions:
             raise SharedStoreError(f"Redis does not tell who was deleted: {DELETED} holds no times") from error
 
     async def unfilled(self, log_id: str) -> tuple[CountTable, ...]:
-        """Return the tables of counts that lack what was applied of a log before they were begun.
+        """Return the tables of counts that lack the entries of a log that were applied before the tables began.
 
         Raises:
             SharedStoreError: Redis does not answer.
@@ -266,7 +266,7 @@ class RedisInteractions:
             raise SharedStoreError(f"Redis does not tell which counts it lacks: {error}") from error
 
     async def fill(self, log_id: str, table: CountTable, impressions: Sequence[Impression], *, last: bool) -> None:
-        """Count impressions for one table that has not counted them; with the last the log's part is complete.
+        """Count impressions in a table that has not counted them; `last` marks the last part of the log.
 
         Raises:
             SharedStoreError: Redis does not answer, or refuses.
@@ -278,7 +278,7 @@ class RedisInteractions:
             raise SharedStoreError(f"Redis does not take counts: {error}") from error
 
     async def counts(self, bundle_id: str, user_ids: Iterable[str], item_ids: Iterable[str]) -> Counted:
-        """Return what the servers have counted of users and items since a published bundle's own counts.
+        """Return the servers' shared live counts of users and items, since the end of a published bundle's own counts.
 
         Raises:
             SharedStoreError: Redis does not answer.

@@ -14,7 +14,7 @@ from service.metrics.interactions import InteractionMetrics
 
 BATCH = 200  # entries of one round trip; reading them takes a millisecond of the event loop
 POLL_S = 5.0  # without news: how soon a store that lost everything is filled again
-TABLES_S = 2.0  # how soon a bundle that is published gets this log's earlier part of its counts
+TABLES_S = 2.0  # how often to look for tables of new bundles, which need the earlier entries of this log
 DELETIONS_S = 10.0  # how soon a deletion on another server reaches this one's log
 FIRST_RETRY_S, LAST_RETRY_S = 0.2, 5.0
 ANSWER_S = 10.0  # the store has deadlines of its own; this is for one that forgets them
@@ -44,7 +44,9 @@ class Replay:
         self._applied = 0
         self._answers = True
         self._deletions_asked = self._tables_asked = float("-inf")
-        self._filled: tuple[CountTable, str] | None = None  # a table that is being filled, and up to which impression
+        self._filled: tuple[CountTable, str] | None = (
+            None  # the table that is being filled, and the last impression sent
+        )
 
     async def run(self) -> None:
         """Follow the log until cancelled."""
@@ -100,7 +102,7 @@ class Replay:
         return await self._fill(position.log_id) and done
 
     async def _fill(self, log_id: str) -> bool:
-        """Give a new table of counts the next part of what was applied before it; return whether none lacks any."""
+        """Send the next earlier impressions to a new table of counts; return whether no table lacks any."""
         if self._filled is None:
             if time.monotonic() - self._tables_asked < TABLES_S:
                 return True

@@ -13,14 +13,14 @@ class SharedStoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CountTable:
-    """The counts that servers share for one published bundle, of impressions shown after `since`, UTC seconds."""
+    """A shared table of live counts for one published bundle, of impressions shown after `since`, UTC seconds."""
 
     number: str
     since: float
 
 
 class Impression(NamedTuple):
-    """An impression whose outcome is known, by its names alone."""
+    """The ids of an impression whose outcome is known."""
 
     impression_id: str
     user_id: str
@@ -33,7 +33,8 @@ class SharedInteractions(Protocol):
     Applying is idempotent. What is counted of an impression follows from its states, whatever comes twice, late or out
     of order: unknown or pending, then negative or positive. Entering negative or positive for the first time counts an
     impression for user and item, entering positive a positive; positive is final. Each published bundle has a table of
-    such counts, of what was shown since its own; what was applied before it had one is filled in from the logs.
+    these counts, of impressions shown after the end of the bundle's own counts. Servers fill in from their logs the
+    entries that were applied before the table began.
     """
 
     async def applied(self, log_id: str) -> int:
@@ -64,7 +65,7 @@ class SharedInteractions(Protocol):
         ...
 
     async def unfilled(self, log_id: str) -> Sequence[CountTable]:
-        """Return the tables of counts that lack what was applied of a log before they were begun.
+        """Return the tables of counts that lack the entries of a log that were applied before the tables began.
 
         Raises:
             SharedStoreError: it does not answer.
@@ -72,7 +73,7 @@ class SharedInteractions(Protocol):
         ...
 
     async def fill(self, log_id: str, table: CountTable, impressions: Sequence[Impression], *, last: bool) -> None:
-        """Count those impressions that a table has not counted yet; with the last ones the log's part is complete.
+        """Count the impressions that a table has not counted yet; `last` marks the last part of the log.
 
         Raises:
             SharedStoreError: it does not answer.

@@ -53,8 +53,8 @@ class Writer:
         on_open: Callable[[Ledger], None],
         on_commit: Callable[[Sequence[LogChange]], None] = lambda _: None,
     ) -> None:
-        """Both are called in the writer's thread: `on_open` each time that the log has been opened; `on_commit`, which
-        must not raise, with what one commit has changed, before any of its jobs is told that it is on disk.
+        """The writer's thread calls both. `on_open` is called each time after the log is opened. `on_commit` gets the
+        changes of each commit, before the jobs of the commit learn that it is on disk; it must not raise.
         """
         self._path = path
         self._attribution_s = attribution_s

@@ -97,7 +97,7 @@ async def score_for(
 def answer_with(body: BaseModel, scored: Scored) -> Response:
     """Return a response with its timings in the header too. Serialized here, once: it is already validated."""
     timing = ", ".join(f"{leg};dur={1000 * seconds:.3f}" for leg, seconds in scored.seconds.items())
-    # What is absent (`parts` without explain) is left out, not null.
+    # Fields without a value (`parts` without explain) are left out, not null.
     return Response(
         body.model_dump_json(exclude_none=True), media_type="application/json", headers={"Server-Timing": timing}
     )

@@ -1,4 +1,4 @@
-"""The demo's parts that need no training: whose ranking it shows, what it says of weights, which bundle it keeps."""
+"""The parts of the demo that need no training: the shown user, the messages about weights, the kept bundle."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ exit 2
 
 @pytest.fixture
 def demo(tmp_path: Path) -> ModuleType:
-    """The script, with its `sella-train` replaced by one that notes its arguments and reaches no index."""
+    """The script, with its `sella-train` replaced by a program that records its arguments and downloads nothing."""
     spec = importlib.util.spec_from_file_location("demo", ROOT / "deploy" / "demo.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -66,7 +66,7 @@ def test_the_user_shown_likes_the_genres_named_and_the_candidates_are_of_both_si
         new=~pl.col("item_id").is_in(train["item_id"].implode()),
         liked=pl.col("genre").str.split(", ").list.first().is_in(liked),
     )
-    # What the planted truth makes of the two sides is apart: the reader of the ranking can judge it.
+    # The planted probabilities of the two sides differ clearly, so a reader can judge the ranking.
     sides = {side: [taste[one] for one in films.filter(liked=side)["title"]] for side in (True, False)}
     assert len(sides[True]) == len(sides[False]) == demo.FILMS_A_SIDE
     assert min(sides[True]) > max(sides[False])

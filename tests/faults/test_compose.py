@@ -119,7 +119,7 @@ def test_the_demo_is_trained_on_the_weights_that_the_image_got_when_it_was_built
     tmp_path: Path, variables: dict[str, str], backbone: str
 ) -> None:
     composed = Composed(tmp_path, variables)
-    # Training takes minutes: a program of its name notes its arguments.
+    # Training takes minutes: a program of the same name records its arguments instead.
     note = tmp_path / "sella-train"
     note.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
     note.chmod(0o755)

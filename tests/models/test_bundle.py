@@ -57,7 +57,7 @@ def test_no_byte_of_the_manifest_can_be_altered(copied: Path) -> None:
 def test_a_backbone_described_otherwise_is_not_the_bundles_own(
     bundle: Bundle, tmp_path: Path, name: str, fields: dict[str, object]
 ) -> None:
-    """The manifest is written anew, so that every file verifies: the identity alone can tell."""
+    """The manifest is written again, so that every file verifies: only the identity shows the change."""
 
     def fill(folder: Path) -> None:
         shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)

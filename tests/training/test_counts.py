@@ -99,6 +99,6 @@ def test_a_million_rows_are_counted_in_seconds() -> None:
     )
     data = Dataset(pl.DataFrame(), {"train": whole})
     counts = row_counts(data, "train", LIVE)
-    # Of two rows of an item, at most one counts the other.
+    # Of two rows of an item at most one counts the other.
     rows_I = whole["item_id"].value_counts()["count"].to_numpy()
     assert 0 <= (rows_I * (rows_I - 1) // 2).sum() - counts.item_impressions_B.sum() < 100

@@ -129,7 +129,7 @@ def test_labels_of_a_fold_do_not_reach_its_own_scores() -> None:
 
 
 def test_a_scorer_loses_nothing_by_cross_fitting_where_users_differ_in_what_they_like() -> None:
-    """Users of their own levels: a fold without the lenient ones has a low intercept, which must order no rows."""
+    """Users with different base rates: a fold without lenient users has a low intercept, which must not order rows."""
 
     def lenient(rng: np.random.Generator, user_N: np.ndarray, *rest: np.ndarray) -> np.ndarray:
         return np.asarray(rng.normal(0, 1.5, USERS)[user_N] + rest[-1])
@@ -172,7 +172,7 @@ def test_intervals_are_those_of_many_fits_on_users_drawn_anew() -> None:
 
 @pytest.mark.parametrize("counting", [STATIC, LIVE])
 def test_no_input_but_the_cold_flags_ever_hurts(counting: Counting) -> None:
-    """Labels against every input: the weights stop at zero, and one more positive never lowers a score."""
+    """Labels opposed to every input: the weights stay at zero, and one more positive never lowers a score."""
     drawn = world(lambda *given: -planted(*given))
     weights, fusion, known = drawn.weights(counting).weights, drawn.fusion(), drawn.counted(counting)
     assert tuple(weights) == tuple(INPUTS)
@@ -271,7 +271,7 @@ def test_too_few_rows_or_one_class_leave_the_mean_of_both_predictions(
 
 @pytest.mark.parametrize("counting", [STATIC, LIVE])
 def test_a_fit_on_few_rows_stays_near_the_smaller_model(counting: Counting) -> None:
-    """60 rows cannot tell ten weights apart; without a penalty some of them would run away."""
+    """60 rows cannot determine ten weights; without a penalty some weights would grow without limit."""
     drawn = world(planted)
     known = drawn.counted(counting).rows(slice(60))
     fitted = fit_weights(known, drawn.labels_B[:60], drawn.user_B[:60], drawn.rates())

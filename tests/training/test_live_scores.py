@@ -1,4 +1,4 @@
-"""The service and `evaluate --live` are told the same events in the same order: their scores are equal."""
+"""The service and `evaluate --live` get the same events in the same order: their scores are equal."""
 
 from dataclasses import replace
 from itertools import groupby

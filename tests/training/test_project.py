@@ -269,7 +269,7 @@ def test_the_correction_begins_at_stage_2_and_never_ends_below_it(
 def test_the_head_starts_without_what_own_labels_did(
     new_run: Runs, examples: Examples, collab: Collab, tmp_path: Path
 ) -> None:
-    """With them, stage 2 looks surer on its own train rows than it is on others."""
+    """With them, stage 2 is more certain on its own train rows than on other rows."""
     run, train_rows = new_run(tmp_path), examples.targets("train", 16)
     own_label = influence(collab, train_rows, run.config.align)
     nothing = Influence(torch.zeros_like(own_label.user_BC), torch.zeros_like(own_label.item_BC))

@@ -1,20 +1,20 @@
 """The history of every row of every split: the items that the user liked before the row.
 
 A user's positives (rows with label 1) stand in one fixed order: train, then valid, then test; within a split by
-timestamp; equal timestamps in file order. A history is the beginning of that order, so its length says all.
+timestamp; equal timestamps in file order. A history is the beginning of that order, so its length defines it.
 
 Two rules set the length:
 
-- **strict** (the default): the longest beginning of which every positive is of the row's own or an earlier split and
-  has a timestamp strictly before the row's. Rows of one user and second share one history, wherever they stand in the
-  file. Splits cut by time: these are all positives before the row's timestamp. Given splits that overlap in time: a
-  positive with a later timestamp never counts, and a row never knows a label of a later split.
+- **strict** (the default): the longest beginning in which every positive is in the row's own split or an earlier one
+  and has a timestamp strictly before the row's. Rows of one user and one second have the same history, in any file
+  order. If the splits are cut by time, these are all positives before the row's timestamp. If given splits overlap in
+  time, a positive with a later timestamp never counts, and a row never uses a label of a later split.
 - **file-order** (the rule of CoLLM's published files): all positives that stand earlier in the fixed order. It counts
-  rows of the row's own second that stand earlier in the file, so it can tell a row's label where a file writes each
+  rows of the row's own second that stand earlier in the file. So it can reveal a row's label if a file writes each
   positive before the negatives of its second.
 
-An item that was liked twice is in the history twice. A candidate that is in its own history stays there: a user
-segment must not depend on the candidate, or the user's candidates could not share it.
+An item that the user liked twice is in the history twice. A candidate that is in its own history stays there: a user
+segment must not depend on the candidate, because all candidates of the user share it.
 
 Shapes: B rows of a split, U users, P positives of all users.
 """
@@ -40,7 +40,7 @@ class SplitHistories:
     Attributes:
         user_code: [B] the user, an index into `Histories.user_ids`.
         item_row: [B] the candidate, a row of `Dataset.items`.
-        length: [B] the history is this many of the user's first positives.
+        length: [B] the history is the first `length` positives of the user.
         rule_matters: [B] whether the two rules for ties give the row different histories.
     """
 
@@ -95,7 +95,7 @@ class Histories:
         return self.positives_of(int(rows.user_code[row]))[: rows.length[row]]
 
     def delayed(self, split: str, known_before_B: NDArray[np.float64]) -> "Histories":
-        """Return the histories where each row of a split knows only likes strictly before a moment, UTC seconds.
+        """Return histories in which each row of a split has only likes strictly before a moment, UTC seconds.
 
         A history stays a beginning of the user's likes; it ends before the first that is too late.
         """
@@ -167,13 +167,13 @@ def build_histories(dataset: Dataset, ties: Ties = "strict") -> Histories:
 def _strictly_before(
     user_code: Int32, timestamp: NDArray[np.float64], positive: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return for each row where in `positive` the positives of its user begin that are not all before its timestamp.
+    """Return for each row the place in `positive` of its user's first positive that is not before its timestamp.
 
     `positive` holds the rows with label 1 in the fixed order, user by user.
     """
     times, place = np.unique(timestamp, return_inverse=True)
     key = user_code.astype(np.int64) * len(times) + place  # grows with the user, then with the time
-    latest_P = np.maximum.accumulate(key[positive])  # the latest positive up to each: no prefix holds a later one
+    latest_P = np.maximum.accumulate(key[positive])  # the latest time up to each positive of the user
     return np.searchsorted(latest_P, key).astype(np.int64)
 
 

@@ -107,9 +107,9 @@ def films(
     train_rows: Annotated[int, typer.Option(help="Rows of train.")] = FILMS.train_rows,
     valid_rows: Annotated[int, typer.Option(help="Rows of valid.")] = FILMS.valid_rows,
     test_rows: Annotated[int, typer.Option(help="Rows of test.")] = FILMS.test_rows,
-    seed: Annotated[int, typer.Option(help="Another seed: other people, other new films.")] = FILMS.seed,
+    seed: Annotated[int, typer.Option(help="Another seed gives other users and other new films.")] = FILMS.seed,
 ) -> None:
-    """Real film titles, people with planted tastes of genres, new films and new people: the demo's data."""
+    """Real film titles, generated users with planted tastes for genres, new films and new users: the demo's data."""
     with _problems_in_one_line():
         config = _checked(
             FilmsConfig,
@@ -137,7 +137,7 @@ Sizes = TypeVar("Sizes", bound=SyntheticConfig)
 
 
 def _checked(kind: type[Sizes], command: str, **sizes: Any) -> Sizes:
-    """Return a configuration; its first problem becomes the one line of an error."""
+    """Return a configuration; an error names its first problem in one line."""
     try:
         return kind(**sizes)
     except ValidationError as error:
@@ -145,7 +145,7 @@ def _checked(kind: type[Sizes], command: str, **sizes: Any) -> Sizes:
 
 
 def _auc(labels: np.ndarray, scores: np.ndarray) -> str:
-    """Return an AUC as text; a dash where the labels are all alike."""
+    """Return an AUC as text; a dash if all labels are equal."""
     return f"{roc_auc_score(labels, scores):.4f}" if len(np.unique(labels)) == 2 else "–"
 
 

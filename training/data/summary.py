@@ -1,4 +1,4 @@
-"""A data set in numbers, as `fit` prints them before it trains."""
+"""The summary of a data set that `fit` prints before it trains."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ class SplitSummary:
     """One split in numbers.
 
     Attributes:
-        positives: share of rows with label 1; `None` without rows, as are all shares and times.
+        positives: share of rows with label 1; all shares and times are `None` if the split has no rows.
         new_users: share of rows whose user is not in train; `None` for train, as is `new_items`.
         new_items: share of rows whose item is not in train.
         tied: rows that share user and timestamp with another row of any split.
-        rule_matters: rows whose history by the strict rule for ties is not the one by file order.
+        rule_matters: rows to which the two rules for ties give different histories.
         first: the earliest timestamp, UTC seconds.
         last: the latest.
     """
@@ -51,7 +51,7 @@ class DataSummary:
 
 
 def summarize(dataset: Dataset, histories: Histories) -> DataSummary:
-    """Return the numbers of a data set; `histories` are its own, by either rule for ties."""
+    """Return the summary of a data set; `histories` are its histories, by either rule for ties."""
     moments = pl.concat(
         frame.select("user_id", pl.col("timestamp").cast(pl.Float64), split=pl.lit(name))
         for name, frame in dataset.splits.items()

@@ -4,10 +4,9 @@ Users and items belong to taste clusters (genres). A click is a coin thrown with
 
     p(user, item) = sigmoid(taste[user, genre[item]] + appeal[item] + leniency[user] + offset)
 
-`films.py` draws its clicks here too, with tastes of other traits than one genre an item.
-
 so that the best possible AUC is known, popularity alone reaches part of it, and an item's title, made of its genre's
-words, tells of a cold item what its clicks cannot.
+words, tells of a cold item what its clicks cannot. `films.py` draws its clicks here too; its films have traits of
+several genres and an era.
 
 Shapes: U users, I items, G genres, T traits, B rows. Warm users and items come before cold ones.
 """
@@ -47,7 +46,7 @@ class SyntheticConfig(BaseModel):
     # Shares that appear in valid and test only.
     cold_users: float = Field(default=0.1, ge=0, le=0.5)
     cold_items: float = Field(default=0.1, ge=0, le=0.5)
-    # New releases are shown more than the old stock, or the cold rows of a small data set would be too few to measure.
+    # New releases are shown more than older items: otherwise a small data set has too few cold rows to measure.
     release_boost: float = Field(default=1.5, gt=0)
     # Spreads in logits. Taste outweighs the rest, so that a method without it is clearly worse.
     taste: float = Field(default=2.6, ge=0)
@@ -91,7 +90,7 @@ class World:
 
     Attributes:
         trait_IT: how much of each trait an item has; in the synthetic catalogue 1 for its genre and 0 elsewhere.
-        taste_UT: what a user makes of each trait, in logits.
+        taste_UT: a user's taste for each trait, in logits.
     """
 
     user_ids: list[str]
@@ -193,7 +192,7 @@ def draw_splits(config: SyntheticConfig, world: World) -> dict[str, pl.DataFrame
 
 
 def _draw_moments(start: int, end: int, user: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return a second for each row, [B]; no user has two rows in one second, so that the order of a user is sure."""
+    """Return a second for each row, [B]; no user has two rows in one second, so each user's order is defined."""
     moment = rng.integers(start, end, len(user))
     while (shared := pl.DataFrame({"user": user, "moment": moment}).is_duplicated().to_numpy()).any():
         moment[shared] = rng.integers(start, end, int(shared.sum()))
@@ -229,6 +228,6 @@ def _share_rows(
 
 
 def numbered(prefix: str, count: int) -> list[str]:
-    """Return ids from 1 on, all as long as the last: u001 to u300."""
+    """Return ids from 1 on, padded to equal length: u001 to u300."""
     width = len(str(count))
     return [f"{prefix}{number:0{width}d}" for number in range(1, count + 1)]

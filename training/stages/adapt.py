@@ -25,9 +25,9 @@ KIND = PromptKind.ADAPT
 
 
 def adapt(run: Run, examples: Examples, source: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Train the adapter on Fig. 2's prompt; returns its folder. Finished earlier, it is taken as it is.
+    """Train the adapter on Fig. 2's prompt; return its folder. An adapter that is already finished is used as it is.
 
-    `dtype` is that of the frozen weights; the adapter's are fp32.
+    `dtype` is the type of the frozen weights; the adapter's weights are fp32.
     """
     folder = run.folder / "adapter"
     if (folder / "adapter_config.json").exists():

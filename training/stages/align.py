@@ -93,7 +93,7 @@ def _train(run: Run, examples: Examples, semantic_ID: Tensor) -> tuple[dict[str,
             loop.backward(collab + config.alignment * aligned + decay)  # Eq. 9
     loop.keep_best()
     tensors, state = _finish(run, examples, train, factors, projection, semantic_ID, delta_ID, seen_U, seen_I)
-    # Without what the language model adds: the report compares both.
+    # Matrix factorisation alone, without the text's prior: the report compares both.
     return tensors | {"valid_mf": torch.from_numpy(_predict(factors, seen_U, seen_I, valid))}, state
 
 
@@ -172,7 +172,7 @@ def _in_turn(
     semantic_ID: np.ndarray,
     seen_U: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, TextMap]:
-    """Fit items under their text's prior and users in turn; return the vectors that valid likes best, and the map."""
+    """Fit items (with their text's prior) and users in turn; return the vectors of the best valid AUC and the map."""
     config, valid = run.config.align, examples.targets("valid", 1)
     users_UC, items_IC = factors.user_vectors().numpy(), factors.item_vectors().numpy()
     reached: list[tuple[float, np.ndarray, np.ndarray, TextMap]] = []

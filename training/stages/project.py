@@ -4,11 +4,11 @@ Table 1: language model and LoRA frozen; collab vectors, semantic vectors and bo
 is a misprint: it is Eq. 5's cross-entropy on Fig. 4's prompt. The cold paths are part of the training: at random, a
 target's user is folded in from its history and its item mapped from its text, so that the language model has seen both.
 
-In the paper's form the language model's logit is the answer, and on a small model or little data it ends below the
-matrix factorisation that it reads. The default form begins at stage 2 and can only add: the answer's logit is the
-calibrated collaborative prediction plus the language model's logit times a small weight. The vectors stay as stage 2
-left them, since the prediction is made of them. Where no checkpoint is better on valid, stage 2's prediction stays the
-answer.
+In the paper's form the language model's logit is the answer. With a small model or little data its AUC is lower than
+that of the matrix factorisation whose vectors it reads. The default form starts from stage 2: the answer's logit is the
+calibrated collaborative prediction plus the language model's logit times a weight that starts small. The vectors stay
+as stage 2 left them, because the collaborative prediction is computed from them. Where no checkpoint is better on
+valid, stage 2's prediction stays the answer.
 
 Shapes: K targets of a forward, B rows, U users, I items, C = d_C, D = d_L.
 """
@@ -115,9 +115,9 @@ class Head(nn.Module):
 
 
 def initial_head(run: Run, collab: Collab, train: Targets, own_label: Influence) -> Head:
-    """Return the head that the stage starts from: stage 2 calibrated on train, each row without its own label.
+    """Return the initial head: stage 2 calibrated on train, each row without its own label.
 
-    In the paper's form, the language model's logit as it is, and nothing to train.
+    In the paper's form the head returns the language model's logit, and has nothing to train.
     """
     if run.config.project.form == "paper":
         return Head(0.0, 0.0, 1.0).requires_grad_(False)
@@ -286,5 +286,5 @@ def _rates(
         named = {f"tables.{name}": one for name, one in tables.named_parameters()}
         return [*rates, (named, config.table_rate, config.table_decay)]
     tables.requires_grad_(False)
-    # Three numbers, one of which starts near zero and lets little gradient through to the projections until it moves.
+    # Three numbers. The weight starts small, and until it grows little gradient reaches the projections.
     return [*rates, ({f"head.{name}": one for name, one in head.named_parameters()}, HEAD_RATE, 0.0)]

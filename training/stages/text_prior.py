@@ -1,10 +1,11 @@
-"""Stage 2's second half: an item's vector is what its text predicts, corrected by its labels.
+"""The second half of stage 2: an item's vector is predicted from its text and corrected by its labels.
 
-Matrix factorisation pulls the vector of an item with few labels towards the mean item. A language model knows more
-than the mean: a ridge map from semantic vectors predicts a vector for every item, and the items' vectors are fitted
-again, with the users' fixed and that prediction in the mean's place. The prediction for an item comes from a map fitted
-without it (folds by item); otherwise its own labels would count twice. Then the users are fitted to the new items, and
-so on in turn: closed forms, which reach the minimum on small data too, where gradient steps are few. Not in the paper.
+Matrix factorisation pulls the vector of an item with few labels towards the mean item. Semantic vectors say more than
+the mean: a ridge map predicts a vector for every item from its semantic vector. The items' vectors are fitted again,
+with the users' vectors fixed and this prediction in the place of the mean. The prediction for an item comes from a map
+that was fitted without the item (folds by item); otherwise its own labels would count twice. Then the users are fitted
+to the new items, and so on in turn. These are closed forms: they reach the minimum also on small data, where gradient
+steps are few. The paper does not have this step.
 
 Shapes: B train rows, N rows of an item, I items, F free dimensions of an item's vector, C = d_C, D = d_L.
 """
@@ -31,8 +32,8 @@ def items_under_text_prior(
     """
     counts_I = np.bincount(train.item_B, minlength=len(items_IC))
     trained_I = counts_I > 0
-    # A prediction is fitted to the items' own biases, before matrix factorisation shrinks them, each trusted as far as
-    # it has labels.
+    # The map is fitted to the items' biases without the shrinkage of matrix factorisation. An item with more labels
+    # gets a larger weight.
     wanted_IC = items_IC.copy()
     wanted_IC[:, -1] += _mean_residual(users_UC, items_IC, train)
     trust_I = counts_I / (counts_I + config.item_bias_decay + 1.0)
@@ -55,7 +56,7 @@ def items_under_text_prior(
 
 
 def _mean_residual(users_UC: Floats, items_IC: Floats, train: Targets) -> Doubles:
-    """Return what the mean label of each item's rows is above the prediction, `(I,)`."""
+    """Return the mean label minus the mean prediction of each item's rows, `(I,)`."""
     residual_B = train.label_B - (users_UC[train.user_B] * items_IC[train.item_B]).sum(-1)
     sums, weights = (
         np.bincount(train.item_B, weights=values * train.weight_B, minlength=len(items_IC))
@@ -66,7 +67,7 @@ def _mean_residual(users_UC: Floats, items_IC: Floats, train: Targets) -> Double
 
 
 def users_of_labels(users_UC: Floats, items_IC: Floats, train: Targets, config: AlignConfig) -> Floats:
-    """Return every user's vector at the minimum of Eq. 6 with the items' fixed, `(U, C)`."""
+    """Return every user's vector at the minimum of Eq. 6, with the items' vectors fixed, `(U, C)`."""
     fitted_UC = np.zeros_like(users_UC)
     fitted_UC[:, -1] = 1.0
     factors = users_UC.shape[1] - 2
@@ -84,9 +85,9 @@ def _correct(
     free: list[int],
     penalty_F: list[float],
 ) -> None:
-    """Move each own vector, in place, to the minimum of Eq. 6, the others fixed and its present value the prior's mean.
+    """Move each own vector, in place, to the minimum of Eq. 6; the others are fixed, its old value is the prior mean.
 
-    `free` are the dimensions that are fitted: a user's vector is [p, b_u, 1] and an item's [q, 1, b_i].
+    `free` lists the fitted dimensions: a user's vector is [p, b_u, 1] and an item's [q, 1, b_i].
     """
     penalty_FF = np.diag(np.maximum(np.array(penalty_F), LEAST_DECAY) * train.weight_B.mean())
     order = np.argsort(own_B, kind="stable")

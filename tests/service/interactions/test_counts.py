@@ -1,4 +1,4 @@
-"""Live counts are those of a plain reading of the log, however they came to be: by filling, by changes, or by both."""
+"""Live counts equal a plain count of the log, whether filled, updated by changes, or both."""
 
 import pytest
 from hypothesis import given, settings
@@ -39,7 +39,7 @@ def plain(one: Ledger) -> tuple[dict[str, Counts], dict[str, Counts]]:
 
 
 def told_by(counts: LiveCounts) -> tuple[dict[str, Counts], dict[str, Counts]]:
-    """What is counted, without those that count nothing any more."""
+    """The counts, without ids whose counts are zero."""
     counted = counts.of(USERS, ITEMS)
     nothing = Counts()
     users, items = counted.users, counted.items

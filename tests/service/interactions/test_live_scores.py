@@ -1,4 +1,4 @@
-"""Served scores are the fusion computed here from the same events, after every step, with the real model and log."""
+"""After every step the served scores equal the fusion of the same events, with the real model and log."""
 
 import asyncio
 import math
@@ -85,7 +85,7 @@ async def client(serving: Collaborators) -> AsyncIterator[httpx.AsyncClient]:
 
 
 class Steps:
-    """Posts events and compares the next answers with what is computed here."""
+    """Posts events and compares the next answers with scores computed here."""
 
     def __init__(self, client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel) -> None:
         self.client, self.offline = client, Offline(bundle)
@@ -237,7 +237,7 @@ async def test_without_a_log_the_bundles_counts_and_their_weights_stand_and_the_
 
 
 async def test_each_bundle_counts_from_where_its_own_counts_end(tmp_path: Path) -> None:
-    """What a newer bundle was trained on does not count twice in it, and both go on counting."""
+    """Training rows of a newer bundle do not count twice in it, and both bundles continue to count."""
     old = tiny_bundle(tmp_path / "old")
     new = tiny_bundle(tmp_path / "new", rest_seed=1, counted_until=LIVE_AT + 50)
     service = collaborators(old, EchoEngine(), interactions=tmp_path / "log.sqlite")

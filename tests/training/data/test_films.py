@@ -64,7 +64,7 @@ def test_a_title_holds_its_year_and_training_never_sees_the_genre(dataset: Datas
         written.filter(pl.col("title").str.starts_with("The Matrix")).select("title", "genre").iter_rows()
     )
     assert (title, genre) == ("The Matrix (1999)", "Science Fiction, Action")
-    # A western does not say so: few titles hold the name of a genre.
+    # Few titles contain the name of a genre.
     assert sum(not set(title.split()).isdisjoint(GENRES) for title in written["title"]) <= 5
 
 
@@ -85,7 +85,7 @@ def test_on_new_films_the_genre_tells_most_and_clicks_and_words_nothing(dataset:
     by_genre = replace(world, appeal_I=np.zeros(CONFIG.items), leniency_U=np.zeros(CONFIG.users))
     assert auc(rows, by_genre.probability(*indices(rows)), new) > 0.75
     assert auc(rows, popularity(train, rows), new) == 0.5
-    # A user's rate in the film's decade: all that a model without knowledge reads in a title of unknown words.
+    # A user's rate in the film's decade: a model without knowledge reads nothing else in a title of unknown words.
     decade = pl.col("title").str.extract(r"\((\d{3})\d\)$")
     dated = dataset.items.with_columns(decade.alias("decade"))
     rates = (
