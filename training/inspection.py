@@ -40,7 +40,7 @@ def describe_prompt(
     raw = scorer.model.score([group])[0]
     counts = scorer.user_counts(canonical_id(user_id))
     fusion = bundle.fusion()
-    known = known_pairs(raw, group, (counts, assembled.cold), [(item.counts, not item.trained)], live=False)
+    known = known_pairs(raw, group, (counts, assembled.cold), [(item.counts, not item.trained)], live=True)
     described: dict[str, Any] = {
         "bundle_id": bundle.id,
         "user_id": user_id,

@@ -159,7 +159,7 @@ def test_a_read_only_redis_and_one_that_is_away_are_one_line(
     redis: RedisServer, bundle: Bundle, tmp_path: Path
 ) -> None:
     command = ["publish", "--bundle", str(bundle.folder), "--redis"]
-    with redis_server("--replicaof", "127.0.0.1 1") as replica:
+    with redis_server("--replicaof", "127.0.0.1", "1") as replica:
         told = CliRunner().invoke(app, [*command, replica.url])
     assert told.exit_code == 2 and "read-only replica" in told.output
     told = CliRunner().invoke(app, [*command, f"unix://{tmp_path}/none"])

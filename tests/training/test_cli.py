@@ -284,7 +284,7 @@ def test_fit_describes_the_data_reports_every_stage_and_stores_the_rule_for_ties
     evaluate = ("evaluate", "--bundle", out, "--data", data, "--split", "valid", "--json")
     own, strict = sella_train(*evaluate), sella_train(*evaluate, "--ties", "strict")
     assert "of 400 valid rows get another history" in own.stderr and strict.stderr == ""
-    assert json.loads(own.stdout)["all"] != json.loads(strict.stdout)["all"]
+    assert json.loads(own.stdout)["scorers"]["raw"] != json.loads(strict.stdout)["scorers"]["raw"]
     # What fit reports of `score` was cross-fitted; the language model's own score is the same.
     reported = Bundle.open(out).manifest.metrics["scorers"]["raw"]["auc"]
     assert json.loads(own.stdout)["scorers"]["raw"]["auc"] == reported
