@@ -1,5 +1,6 @@
 """Where a language model's weights are: in a folder, in sella's cache of converted backbones, or on the hub."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -78,4 +79,10 @@ def hub_snapshot(hub_id: str, revision: str | None = None, *, offline: bool = Fa
     folder = Path(str(found))
     if not list(folder.glob("*.safetensors")):
         raise BackboneError(f"backbone {hub_id}: its copy {folder} has no *.safetensors; choose another repository")
+    for index in folder.glob("*.safetensors.index.json"):
+        parts = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(part for part in parts if not (folder / part).exists()):
+            raise BackboneError(
+                f"backbone {hub_id}: its copy {folder} lacks {', '.join(missing)}; start with the network up"
+            )
     return folder

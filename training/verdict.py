@@ -3,6 +3,7 @@
 `fit` judges valid by fusions that were fitted on other users' rows; `evaluate` judges the bundle's own fusion.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from models.features import Floats, Tables
@@ -35,6 +36,8 @@ def judge_bundle(
     counting: Counting,
 ) -> dict[str, Any]:
     """Return the report of a bundle on a split; "left out" names a scorer that cannot be fitted, and the reason."""
+    if split == "train":  # its rows are always counted live (training/counts.py)
+        counting = replace(counting, live=True)
     counts = row_counts(dataset, split, counting, tables)
     boosting = Boosting.fit(dataset, histories, fusion.rates) if "train" in dataset.splits else None
     scores = {SCORE: scores_of(fusion, scored.known(counts, live=counting.live))}

@@ -205,6 +205,11 @@ def test_a_copy_of_a_hub_repository_is_used_by_its_commit_without_the_network(
     source = find_backbone("some/model")
     assert (source.name, source.folder.name, source.revision) == ("some/model", commit, commit)
     assert weights_folder("some/model", commit) == source.folder
+    index = source.folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(BackboneError, match=r"lacks model-2\.safetensors"):  # a download that was interrupted
+        find_backbone("some/model")
+    index.unlink()
     began = time.monotonic()
     with pytest.raises(BackboneError, match=r"the hub did not give it \(.*Connection refused"):
         weights_folder("some/model", "f" * 40)
