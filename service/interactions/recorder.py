@@ -25,6 +25,9 @@ SWEEP_S = 1.0  # how late an expiry may be, and how often a lost log is tried ag
 SHARED_S = 0.05
 
 
+CANCEL_S = 0.5  # after which a task that goes on is cancelled again
+
+
 def _unheard(_: Interaction, __: bool) -> None:
     pass
 
@@ -69,8 +72,10 @@ class Recorder:
     async def close(self) -> None:
         """Stop, and close the log; what it has is on disk."""
         for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
+            while not task.done():
+                # Before Python 3.12 `asyncio.wait_for` loses a cancellation that comes as its future ends.
+                task.cancel()
+                await asyncio.wait([task], timeout=CANCEL_S)
             with suppress(asyncio.CancelledError):
                 await task
         self._tasks.clear()

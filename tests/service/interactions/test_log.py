@@ -2,10 +2,12 @@
 
 import asyncio
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from service.collaborators import Collaborators
 from service.interactions.database import LogFileError, open_to_read
 from service.interactions.ledger import Counts
 from service.interactions.log import AT_ONCE, EventConflictError, EventLog, LogUnavailableError
@@ -295,3 +297,19 @@ async def test_a_reader_beside_the_writer_names_what_it_cannot_read(tmp_path: Pa
             path.write_bytes(content)
         with pytest.raises(LogFileError, match=r"log\.sqlite"):
             open_to_read(path)
+
+
+async def test_closing_ends_a_task_that_loses_a_cancellation(recording: Collaborators) -> None:
+    """`asyncio.wait_for` before Python 3.12 loses one that comes as its future ends."""
+
+    async def loses_one() -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+        await asyncio.sleep(3600)
+
+    task = asyncio.create_task(loses_one())
+    recording.interactions._tasks.append(task)
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await recording.interactions.close()
+    assert task.cancelled()
