@@ -175,7 +175,7 @@ def _score_part(
             raw[rows] = scores
             candidates = [known[items[row]] for row in rows]
             told = [(item.counts, not item.trained) for item in candidates]
-            scored[rows] = fusion(known_pairs(scores, group, user, told, live=False))
+            scored[rows] = fusion(known_pairs(scores, group, user, told, live=True))
     return pl.DataFrame(
         {
             "user_id": users,

@@ -67,7 +67,7 @@ def test_every_pair_is_scored_as_its_prompt_alone_in_the_files_order(
     assert scored.select("user_id", "item_id").to_dict(as_series=False) == pairs
     for row in scored.head(20).iter_rows(named=True):
         alone = describe_prompt(bundle, scorer, row["user_id"], row["item_id"], None, None)
-        assert alone["parts"]["intercept"] == bundle.fusion().static.intercept != bundle.fusion().live.intercept
+        assert alone["parts"]["intercept"] == bundle.fusion().live.intercept != bundle.fusion().static.intercept
         assert row["raw_score"] == pytest.approx(alone["raw_score"], abs=1e-5)
         assert row["score"] == pytest.approx(alone["score"], abs=1e-5)
         assert (row["cold_user"], row["cold_item"]) == (alone["cold_user"], alone["cold_item"])
