@@ -105,7 +105,7 @@ class ProjectConfig(_Frozen):
     form: Literal["correction", "paper"] = Field(
         "correction",
         description="correction: the answer is stage 2's prediction plus the language model's logit, whose weight"
-        " starts at zero, and stage 2's vectors stay as they are; paper: the logit alone is the answer, and the"
+        " starts small, and stage 2's vectors stay as they are; paper: the logit alone is the answer, and the"
         " vectors are trained too",
     )
 

@@ -111,3 +111,10 @@ def test_every_key_is_described_and_the_page_of_the_documents_is_the_models_own(
     assert [key for key, _, field in configuration_keys(Config()) if not field.description] == []
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert page.read_text() == configuration_reference(), "sella-train configuration > docs/configuration.md"
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith("qwen")])
+def test_a_configuration_for_a_gpu_runs_all_of_its_epochs(name: str) -> None:
+    """The defaults bound the steps of stages 1 and 3 for a CPU; these configurations name epochs."""
+    config = load_config(name)
+    assert config.adapt.schedule.max_steps is None and config.project.schedule.max_steps is None
