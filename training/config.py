@@ -71,6 +71,16 @@ class AdaptConfig(_Frozen):
         lt=1,
         description="dropout of LoRA; one epoch does not overfit without it, and on a CPU it costs a third",
     )
+    titles: int = Field(
+        128,
+        ge=0,
+        description="titles that each step asks without a history; every train row of a title counts (adapt.py)",
+    )
+    leniency: bool = Field(
+        True,
+        description="add each user's own rate of positives to the logit in training, so that the language model learns"
+        " what differs between items",
+    )
     # At 1e-4 a small model's AUC stays at chance. Four hundred steps limit the time on a CPU.
     schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=400)
 

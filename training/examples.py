@@ -100,6 +100,13 @@ class Examples:
         )
         return Pack(Segment(tuple(trunk_ids)), branches)
 
+    def title_pack(self, items: Int32) -> Pack:
+        """Render items under an empty history, without slots: the prompt of an item's rows, whoever the user is."""
+        kind = PromptKind.ADAPT
+        trunk = self.template.instruction(kind) + self.template.user_tail(kind, empty_history=True)
+        branches = (Branch(len(trunk), self.template.candidate(kind, self.titles[item])) for item in items)
+        return Pack(trunk, tuple(branches))
+
     def _first(self, user: int, end: int) -> int:
         start = window_start(end, self.template.config)
         window = self.histories.positives_of(user)[start:end]
@@ -124,6 +131,30 @@ def answer_loss(logits_K: Tensor, targets: Targets, rows_K: Int32) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(
         logits_K, labels_K.to(logits_K.device), weights_K.to(logits_K.device), reduction="sum"
     )
+
+
+class RowsByItem:
+    """The rows of a split by item: without a history, all rows of an item have one prompt and share its logit."""
+
+    def __init__(self, targets: Targets) -> None:
+        self._order = np.argsort(targets.item_B, kind="stable").astype(np.int32)
+        counted_I = np.bincount(targets.item_B)
+        self._first_I = np.concatenate([[0], np.cumsum(counted_I)])
+        self.items: Int32 = np.flatnonzero(counted_I).astype(np.int32)  # those that have rows
+
+    def of(self, items: Int32) -> tuple[Int32, Int32]:
+        """Return the rows of the items, `(N,)`, and for each row the place of its item among `items`."""
+        rows = [self._order[self._first_I[item] : self._first_I[item + 1]] for item in items]
+        return np.concatenate(rows), np.repeat(np.arange(len(items), dtype=np.int32), [*map(len, rows)])
+
+    def dealt(self, steps: int, size: int, rng: np.random.Generator) -> list[Int32]:
+        """Return `size` distinct items for every step, all if there are fewer, from shuffled passes over the items."""
+        size = min(size, len(self.items))
+        chosen: list[Int32] = []
+        while len(chosen) < steps:
+            shuffled = rng.permutation(self.items)
+            chosen += [shuffled[start : start + size] for start in range(0, len(shuffled) - size + 1, max(1, size))]
+        return chosen[:steps]
 
 
 def shuffled_steps(targets: Targets, batch_targets: int, rng: np.random.Generator) -> list[list[Int32]]:

@@ -11,7 +11,7 @@ from models.tokens import TextEncoder
 from tests.tiny import tiny_titles, tiny_tokenizer
 from training.data.dataset import Dataset
 from training.data.history import build_histories
-from training.examples import Examples, forwards, rows_of, shuffled_steps
+from training.examples import Examples, RowsByItem, forwards, rows_of, shuffled_steps
 from training.studies import tokens_per_target
 
 ENCODER = TextEncoder(tiny_tokenizer())
@@ -102,6 +102,39 @@ def test_what_a_packed_target_sees_is_its_prompt_alone(
             seen = Segment(pack.trunk.token_ids[: branch.attach]) + branch.segment
             title = TITLES[int(candidates[row][1:])]
             assert seen == prompt_alone(template, kind, liked_before(dataset, split, int(row)), title)
+
+
+@settings(max_examples=30, deadline=None)
+@given(templates, st.lists(st.integers(0, len(TITLES) - 1), min_size=1, unique=True))
+def test_a_title_without_a_history_has_the_prompt_of_a_user_who_likes_nothing(
+    config: TemplateConfig, items: list[int]
+) -> None:
+    dataset, template = random_dataset(0), Template(config, ENCODER)
+    pack = Examples(dataset, build_histories(dataset), template).title_pack(np.array(items, np.int32))
+    seen = [Segment(pack.trunk.token_ids[: one.attach]) + one.segment for one in pack.branches]
+    assert seen == [prompt_alone(template, PromptKind.ADAPT, [], TITLES[item]) for item in items]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 20), st.integers(1, 15))
+def test_titles_are_dealt_in_whole_passes_and_bring_all_their_rows(seed: int, size: int, steps: int) -> None:
+    dataset = random_dataset(seed, rows=20)
+    examples = Examples(dataset, build_histories(dataset), Template(TemplateConfig(), ENCODER))
+    targets = examples.targets("train", 16)
+    by_item = RowsByItem(targets)
+    assert by_item.items.tolist() == sorted(set(targets.item_B.tolist()))
+    dealt = by_item.dealt(steps, size, np.random.default_rng(seed))
+    assert len(dealt) == steps
+    per_pass = len(by_item.items) // max(1, min(size, len(by_item.items)))
+    for first in range(0, steps, per_pass):
+        chosen = np.concatenate(dealt[first : first + per_pass])
+        assert len(set(chosen.tolist())) == len(chosen)
+    for items in dealt:
+        assert len(items) == min(size, len(by_item.items))
+        if len(items):
+            rows, places = by_item.of(items)
+            assert items[places].tolist() == targets.item_B[rows].tolist()
+            assert sorted(rows.tolist()) == np.flatnonzero(np.isin(targets.item_B, items)).tolist()
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,13 +11,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.backbone import Backbone
+from models.fusion import Rates
 from models.projection import Projections
 from models.prompt_tree import TreeModel
 from tests.training.micro import Trained
-from training.examples import Examples, forwards
+from training.examples import Examples, RowsByItem, forwards
 from training.prediction import figures
 from training.run import Run, read_tensors
-from training.stages.adapt import adapt
+from training.stages.adapt import KIND as KIND_1
+from training.stages.adapt import adapt, leniency, step_parts
 from training.stages.align import Collab, align
 from training.stages.influence import Influence, influence
 from training.stages.project import (
@@ -86,6 +88,44 @@ def test_stage_1_changes_the_adapter_alone(new_run: Runs, trained: Trained, exam
     assert all(one.abs().sum() > 0 for name, one in after.items() if "lora_B" in name)
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as file:
         assert all("lora_" in name for name in file.keys())  # noqa: SIM118
+
+
+def test_a_row_is_no_evidence_of_its_own_users_leniency(examples: Examples) -> None:
+    train, rates = examples.targets("train", 16), Rates(base=0.5, user_strength=4.0)
+    offset_B = leniency(train, rates)
+    for row in range(0, len(train), 97):
+        others = (train.user_B == train.user_B[row]) & (np.arange(len(train)) != row)
+        hits, shown = train.label_B[others].sum(), others.sum()
+        assert offset_B[row] == pytest.approx(np.log((hits + 2) / (shown - hits + 2)), abs=1e-5)
+    flipped = replace(train, label_B=np.where(np.arange(len(train)) == 5, 1 - train.label_B, train.label_B))
+    changed_B = leniency(flipped, rates) != offset_B
+    assert changed_B.tolist() == ((train.user_B == train.user_B[5]) & (np.arange(len(train)) != 5)).tolist()
+
+
+def test_a_step_of_stage_1_asks_its_rows_and_every_row_of_its_titles(
+    new_run: Runs, examples: Examples, tmp_path: Path
+) -> None:
+    run, train = new_run(tmp_path, max_targets=3, max_tokens=500), examples.targets("train", 16)
+    by_item = RowsByItem(train)
+    groups, items = train.groups[:5], by_item.items[[7, 1, 4, 30]]
+    parts = step_parts(run, examples, train, by_item, groups, items)
+    asked = {}
+    for part in parts:
+        answers = [(pack, branch) for pack, _ in part.batch for branch in pack.branches]
+        for row, place in zip(part.rows_N.tolist(), part.answer_N.tolist(), strict=True):
+            pack, branch = answers[place]
+            asked[row, part.total] = pack.trunk.token_ids[: branch.attach] + branch.segment.token_ids
+    rows, of_titles = np.concatenate(groups), np.flatnonzero(np.isin(train.item_B, items))
+    totals = [2.0 * len(rows), 2.0 * len(of_titles)]
+    assert sorted(asked) == sorted([(row, totals[0]) for row in rows] + [(row, totals[1]) for row in of_titles])
+    for (row, total), seen in asked.items():
+        alone = examples.title_pack(train.item_B[row : row + 1])
+        if total == totals[0]:
+            alone = examples.pack(KIND_1, train, np.array([row]))
+        [branch] = alone.branches
+        assert seen == alone.trunk.token_ids[: branch.attach] + branch.segment.token_ids
+    alone = step_parts(run, examples, train, by_item, groups, items[:0])
+    assert [part.total for part in alone] == [len(rows)] * len(alone)
 
 
 def test_an_adapter_says_nothing_of_where_it_was_trained(trained: Trained) -> None:

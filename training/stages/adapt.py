@@ -1,10 +1,21 @@
 """Stage 1: LoRA teaches the language model to answer Yes or No on text alone (section 4.1), then distils items.
 
 Table 1: backbone frozen, LoRA trained; no collab vectors yet.
+
+Two additions let a few hundred steps teach something (docs/results.md has the trials):
+
+- Some users like nearly everything, some nearly nothing, and no text tells which. The rows of a user stand together in
+  a step, so this leniency is most of what its gradient says. Training therefore adds the user's own rate of positives
+  to the logit, counted without the row itself: the language model learns what differs between items.
+- Each step also asks many titles without a history. All rows of an item then have the same prompt, so one short branch
+  of a pack learns from all of them.
+
+Shapes: B rows of train, K answers of a forward, N rows of the items of a forward.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +23,23 @@ import torch
 from torch import Tensor
 
 from models.backbone import Backbone, load_backbone
+from models.fusion import Rates
 from models.packed import PackedModel
 from models.packs import Pack
 from models.prompt_tree import TreeModel, lay_out
 from models.template import PromptKind
-from training.examples import Examples, Int32, answer_loss, forwards, rows_in, rows_of, shuffled_steps
+from training.examples import (
+    Examples,
+    Int32,
+    RowsByItem,
+    Targets,
+    answer_loss,
+    forwards,
+    rows_in,
+    rows_of,
+    shuffled_steps,
+)
+from training.fusion import fit_rates
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures, predict
 from training.run import Run, read_tensors, write_json, write_tensors
@@ -51,20 +74,27 @@ def adapt(run: Run, examples: Examples, source: str | Path, dtype: torch.dtype =
         model.decoder.eval()
         return figures(predict(run, examples, KIND, judged, forward), judged)
 
-    def plan(rng: np.random.Generator) -> list[list[Int32]]:
-        return shuffled_steps(train, config.schedule.batch_targets, rng)
+    by_item = RowsByItem(train)
+    offset_B = torch.zeros(len(train))
+    if config.leniency:
+        offset_B = leniency(train, fit_rates(examples.dataset.splits["train"]))
+
+    def plan(rng: np.random.Generator) -> list[tuple[list[Int32], Int32]]:
+        steps = shuffled_steps(train, config.schedule.batch_targets, rng)
+        return list(zip(steps, by_item.dealt(len(steps), config.titles, rng), strict=True))
 
     parameters = {name: one for name, one in backbone.model.named_parameters() if one.requires_grad}
     rates = [(parameters, 1.0, config.schedule.weight_decay)]
-    loop = StageLoop(run, "adapt", rates, config.schedule, plan, evaluate, rows=rows_in)
+    loop = StageLoop(
+        run, "adapt", rates, config.schedule, plan, evaluate, rows=lambda step: rows_in(step[0]) + len(step[1])
+    )
     if not loop.restore():
-        for groups in loop.steps():
+        for step in loop.steps():
             model.decoder.train()
-            total = float(train.weight_B[np.concatenate(groups)].sum())
-            packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]
-            for batch in run.share(list(forwards(packs, run.config.max_tokens))):
-                loss = answer_loss(forward(batch), train, rows_of(batch))
-                loop.backward(loss / total)
+            for part in run.share(step_parts(run, examples, train, by_item, *step)):
+                logits_N = forward(part.batch)[torch.from_numpy(part.answer_N).to(run.device)]
+                loss = answer_loss(logits_N + offset_B[part.rows_N].to(run.device), train, part.rows_N)
+                loop.backward(loss / part.total)
     loop.keep_best()
     model.decoder.eval()
     logits_B = predict(run, examples, KIND, judged, forward)
@@ -76,6 +106,47 @@ def adapt(run: Run, examples: Examples, source: str | Path, dtype: torch.dtype =
         scratch.rename(folder)
     run.accelerator.wait_for_everyone()
     return folder
+
+
+def leniency(train: Targets, rates: Rates) -> Tensor:
+    """Return how far each row's user's rate of positives is from the base rate without the row, in log-odds, `(B,)`."""
+    impressions_U = np.bincount(train.user_B)
+    labels_B = train.label_B.astype(np.int64)
+    positives_U = np.bincount(train.user_B, weights=labels_B).astype(np.int64)
+    positives_B = positives_U[train.user_B] - labels_B
+    distance_B = rates.distance(positives_B, impressions_U[train.user_B] - 1, rates.user_strength)
+    return torch.from_numpy(distance_B).float()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One forward of a step: its packs, the rows that learn from it, and the answer that each of them learns from."""
+
+    batch: Sequence[tuple[Pack, Int32]]
+    rows_N: Int32
+    answer_N: Int32
+    total: float  # the summed loss is divided by it
+
+
+def step_parts(
+    run: Run, examples: Examples, train: Targets, by_item: RowsByItem, groups: list[Int32], items: Int32
+) -> list[Part]:
+    """Cut a step into forwards: the groups' rows under their histories, and all rows of the items without a history.
+
+    The loss is the mean of both kinds' mean losses.
+    """
+    size, max_tokens = run.config.max_targets, run.config.max_tokens
+    packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]
+    some = [items[start : start + size] for start in range(0, len(items), size)]
+    title_packs = [(examples.title_pack(one), one) for one in some]
+    with_history = [(batch, rows_of(batch)) for batch in forwards(packs, max_tokens)]
+    kinds = [
+        [(batch, rows, np.arange(len(rows), dtype=np.int32)) for batch, rows in with_history],
+        [(batch, *by_item.of(rows_of(batch))) for batch in forwards(title_packs, max_tokens)],
+    ]
+    kinds = [kind for kind in kinds if kind]
+    totals = [len(kinds) * sum(float(train.weight_B[rows_N].sum()) for _, rows_N, _ in kind) for kind in kinds]
+    return [Part(*one, total) for kind, total in zip(kinds, totals, strict=True) for one in kind]
 
 
 def _save_adapter(backbone: Backbone, folder: Path) -> None:
