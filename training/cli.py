@@ -36,7 +36,7 @@ METRICS = ("auc", "uauc", "log_loss", "ece")
 DataOption = Annotated[Path, typer.Option("--data", help="folder with items and interactions (docs/data.md)")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="folder of the bundle")]
 BackboneOption = Annotated[
-    str, typer.Option("--backbone", help="tiny, smollm2-135m, a hub id, a folder, or a GGUF file")
+    str, typer.Option("--backbone", help="smollm2-135m, tiny, a hub id, a folder, or a GGUF file")
 ]
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="JSON file, or the name of one that comes with sella")
@@ -58,7 +58,7 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or fp8 
 def fit(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="folder of the bundle to write")],
-    backbone: BackboneOption = "tiny",
+    backbone: BackboneOption = "smollm2-135m",
     config: ConfigOption = None,
     resume: Annotated[bool, typer.Option(help="go on with a run that was stopped")] = False,
     positive_above: PositiveOption = None,

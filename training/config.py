@@ -32,6 +32,9 @@ class ScheduleConfig(_Frozen):
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
     batch_targets: int = Field(64, ge=1, description="targets a step, over all processes")
+    second_moment: float = Field(
+        0.999, gt=0, lt=1, description="decay of AdamW's mean of squared gradients (beta 2); 0.95 forgets in 20 steps"
+    )
     gradient_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     evaluations_per_epoch: int = Field(2, ge=1, description="how often valid is scored; the best checkpoint is kept")
     patience: int = Field(4, ge=1, description="evaluations without a better validation AUC before the stage stops")
@@ -72,7 +75,7 @@ class AdaptConfig(_Frozen):
         description="dropout of LoRA; one epoch does not overfit without it, and on a CPU it costs a third",
     )
     titles: int = Field(
-        128,
+        64,
         ge=0,
         description="titles that each step asks without a history; every train row of a title counts (adapt.py)",
     )
@@ -81,8 +84,11 @@ class AdaptConfig(_Frozen):
         description="add each user's own rate of positives to the logit in training, so that the language model learns"
         " what differs between items",
     )
-    # At 1e-4 a small model's AUC stays at chance. Four hundred steps limit the time on a CPU.
-    schedule: ScheduleConfig = ScheduleConfig(epochs=1, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=400)
+    # At 1e-4 a small model's AUC stays at chance. The first gradients are large, because no answer is likely at first:
+    # AdamW's second moment must forget them. Three hundred steps limit the time on a CPU.
+    schedule: ScheduleConfig = ScheduleConfig(
+        epochs=1, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=300, second_moment=0.95
+    )
 
 
 class AlignConfig(_Frozen):
@@ -145,7 +151,7 @@ class Config(_Frozen):
         " for the rest",
     )
     autocast: bool = Field(True, description="bf16 products in training; weights and gradients stay in their type")
-    max_tokens: int = Field(2048, ge=64, description="tokens of one forward and backward")
+    max_tokens: int = Field(1024, ge=64, description="tokens of one forward and backward")
     max_targets: int = Field(16, ge=1, description="targets of one pack, so that a batch mixes users")
     validation_rows: int = Field(2_000, ge=1, description="rows of valid that choose checkpoints")
     checkpoint_seconds: float = Field(30.0, gt=0, description="time between checkpoints, from which --resume goes on")

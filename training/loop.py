@@ -70,7 +70,8 @@ class StageLoop(Generic[Step]):
             [
                 {"params": list(group.values()), "lr": 0.0, "factor": factor, "weight_decay": decay}
                 for group, factor, decay in rates
-            ]
+            ],
+            betas=(0.9, schedule.second_moment),
         )
         self.step = 0
         self.evaluations: list[dict[str, float]] = []

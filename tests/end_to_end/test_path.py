@@ -37,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = [part for name, size in SIZES.items() for part in (f"--{name.replace('_', '-')}", size)]
     sella_train("prepare", "synthetic", "--out", folder / "data", *sizes)
     (folder / "micro.json").write_text(json.dumps(MICRO))
-    sella_train("fit", "--data", folder / "data", "--config", folder / "micro.json", "--out", folder / "bundle")
+    options = ("--config", folder / "micro.json", "--backbone", "tiny", "--out", folder / "bundle")
+    sella_train("fit", "--data", folder / "data", *options)
     return folder
 
 

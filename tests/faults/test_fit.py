@@ -39,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(data: Path, config: Path, out: Path) -> list[str]:
-    return ["--data", str(data), "--config", str(config), "--out", str(out)]
+    return ["--data", str(data), "--config", str(config), "--out", str(out), "--backbone", "tiny"]
 
 
 def environment() -> dict[str, str]:

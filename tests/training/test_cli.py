@@ -20,6 +20,8 @@ from tests.training.micro import MICRO, Trained
 from training.cli import app
 from training.evaluate import Scorer
 
+TINY = ("--backbone", "tiny")
+
 
 def sella_train(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(one) for one in arguments])
@@ -126,13 +128,23 @@ def test_a_prompt_about_an_unknown_item_without_a_title_is_refused(trained: Trai
 
 
 def test_fit_refuses_what_already_exists(trained: Trained, tmp_path: Path) -> None:
-    line = refused("fit", "--data", trained.data, "--out", trained.bundle, "--config", config_file(tmp_path))
+    line = refused("fit", "--data", trained.data, "--out", trained.bundle, "--config", config_file(tmp_path), *TINY)
     assert line == f"error: {trained.bundle} already exists; choose another path or remove it"
 
 
 def test_fit_of_a_finished_run_resumes_to_its_report(trained: Trained, tmp_path: Path) -> None:
     """A process killed between its last rename and its exit has lost nothing."""
-    options = ("fit", "--data", trained.data, "--out", trained.bundle, "--config", config_file(tmp_path), "--resume")
+    options = (
+        "fit",
+        "--data",
+        trained.data,
+        "--out",
+        trained.bundle,
+        "--config",
+        config_file(tmp_path),
+        *TINY,
+        "--resume",
+    )
     result = sella_train(*options)
     assert result.exit_code == 0, result.output
     assert f"{trained.report['all']['auc']['value']:.4f}" in result.stdout
@@ -147,7 +159,7 @@ def test_fit_refuses_a_run_folder_without_resume_and_one_of_another_run_with_it(
     (tmp_path / "bundle.run").mkdir()
     identity = json.loads((trained.folder / "run.json").read_text())
     (tmp_path / "bundle.run" / "run.json").write_text(json.dumps(identity))
-    common = ("fit", "--data", trained.data, "--out", out, "--config", config_file(tmp_path))
+    common = ("fit", "--data", trained.data, "--out", out, "--config", config_file(tmp_path), *TINY)
     assert "add --resume" in refused(*common)
     assert "another configuration" in refused(*common, "--resume", "--seed", 5)
     assert "another backbone" in refused(*common, "--resume", "--backbone", "Qwen/Qwen2-0.5B")
@@ -169,8 +181,8 @@ def test_fit_refuses_a_run_folder_without_resume_and_one_of_another_run_with_it(
 def test_what_fit_cannot_use_is_one_line(
     trained: Trained, tmp_path: Path, changes: dict[str, str], message: str
 ) -> None:
-    options = {"--data": str(trained.data), "--out": str(tmp_path / "b"), "--config": str(config_file(tmp_path))}
-    flat = [part for option in {**options, **changes}.items() for part in option]
+    options = {"--data": trained.data, "--out": tmp_path / "b", "--config": config_file(tmp_path), "--backbone": "tiny"}
+    flat = [str(part) for option in {**options, **changes}.items() for part in option]
     assert message in refused("fit", *flat)
     assert not (tmp_path / "b").exists()
 
@@ -264,7 +276,7 @@ def test_fit_describes_the_data_reports_every_stage_and_stores_the_rule_for_ties
 ) -> None:
     data, out = tied(trained.data, tmp_path / "tied"), tmp_path / "bundle"
     frames = {name: pl.read_parquet(data / f"{name}.parquet") for name in ("train", "valid")}
-    options = ("--config", config_file(tmp_path), "--ties", "file-order")
+    options = ("--config", config_file(tmp_path), "--ties", "file-order", *TINY)
     result = sella_train("fit", "--data", data, "--out", out, *options)
     assert result.exit_code == 0, result.output
     told = result.stdout.splitlines()

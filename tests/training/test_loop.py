@@ -221,3 +221,14 @@ def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
     assert derived_seed(0, "adapt", 1) == derived_seed(0, "adapt", 1) == 1744339526013779339
     assert len({derived_seed(seed, name, step) for seed in (0, 1) for name in ("a", "b") for step in (1, 11)}) == 8
     assert derived_seed(1, 1) != derived_seed(11)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999])
+def test_the_second_moment_decays_as_the_schedule_says(new_run: Runs, tmp_path: Path, decay: float) -> None:
+    toy = Toy(new_run(tmp_path), length=1, epochs=1, second_moment=decay, gradient_norm=1e9)
+    gradients: list[Tensor] = []
+    toy.weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
+    toy.train()
+    [gradient] = gradients
+    kept = toy.loop.optimizer.state[toy.weight]["exp_avg_sq"]
+    torch.testing.assert_close(kept, (1 - decay) * gradient.square())
