@@ -36,7 +36,7 @@ def test_an_unknown_key_is_refused_by_its_whole_name(tmp_path: Path, content: di
         ({"adapt": {"rank": 0}}, r"adapt\.rank: .*greater than or equal to 1"),
         ({"align": {"temperature": 0}}, r"align\.temperature"),
         ({"dtype": "float16"}, "dtype: .*'float32' or 'bfloat16'"),
-        ({"template": {"history_tokens": 4000}}, "max_tokens 2048 does not hold one prompt"),
+        ({"template": {"history_tokens": 4000}}, "max_tokens 1024 does not hold one prompt"),
         ({"adapt": 3}, r"adapt: .*AdaptConfig"),
         ("[]", r"config\.json: the whole: Input should be a valid dictionary"),
         ("{", "not JSON"),
