@@ -58,6 +58,9 @@ def fit(
     backbone: BackboneOption = "smollm2-135m",
     config: ConfigOption = None,
     resume: Annotated[bool, typer.Option(help="go on with a run that was stopped")] = False,
+    until: Annotated[
+        Literal["adapt", "align"] | None, typer.Option(help="end after this stage; --resume goes on from there")
+    ] = None,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="instead of the configuration's")] = None,
@@ -82,8 +85,11 @@ def fit(
             show_summary(run.console, summarize(dataset, histories))
             show_ties(run.console, histories, list(dataset.splits))
 
-        report = fit_bundle(run, read_data(data, positive_above, split_by), backbone, out, resume=resume, begun=begun)
-        if run.is_main:
+        dataset = read_data(data, positive_above, split_by)
+        report = fit_bundle(run, dataset, backbone, out, resume=resume, until=until, begun=begun)
+        if run.is_main and not report:
+            run.say(f"ended after {until}; the same command with --resume and without --until goes on")
+        elif run.is_main:
             show_stages(run.console, report)
             show_report(run.console, "valid", report)
             show_verdict(run.console, "valid", report[WITH_LIVE_COUNTS])

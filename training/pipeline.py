@@ -49,6 +49,8 @@ from training.stages.pretrain import pretrain
 from training.stages.project import initial_projections, project
 from training.verdict import FittedFusion, fit_and_judge
 
+Until = Literal["adapt", "align"]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -69,11 +71,13 @@ def fit(
     out: Path,
     *,
     resume: bool,
+    until: Until | None = None,
     begun: Callable[[Dataset, Histories], None] = lambda dataset, histories: None,
 ) -> dict[str, Any]:
     """Train every stage and write the bundle; returns its validation report. A finished run resumes to its report.
 
-    The main process calls `begun` with the data and histories, after the run folder is claimed.
+    The main process calls `begun` with the data and histories, after the run folder is claimed. With `until` the run
+    ends after that stage, writes no bundle and returns nothing; a resumed run goes on from there.
 
     Raises:
         BundleError: something else is already at `out`.
@@ -94,7 +98,11 @@ def fit(
     if run.is_main:
         begun(dataset, histories)
     prepared = prepare(run, dataset, histories, base)
+    if until == "adapt":
+        return {}
     collab = align(run, prepared.examples, prepared.semantic_ID)
+    if until == "align":
+        return {}
     tables, projections, report = _projected(run, prepared, collab)
     if run.is_main:
         scorer = _scorer(run, prepared, histories, collab, tables, projections)

@@ -152,6 +152,18 @@ def test_fit_of_a_finished_run_resumes_to_its_report(trained: Trained, tmp_path:
     assert "another configuration" in refused(*options, "--seed", 5)
 
 
+def test_a_fit_that_ends_after_a_stage_goes_on_to_the_same_bundle(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    options = ("fit", "--data", trained.data, "--out", out, "--config", config_file(tmp_path), *TINY)
+    for stage, left in (("adapt", "align.safetensors"), ("align", "project.safetensors")):
+        ended = sella_train(*options, "--resume", "--until", stage)
+        assert ended.exit_code == 0, ended.output
+        assert f"ended after {stage}" in ended.stdout
+        assert not out.exists() and not (tmp_path / "bundle.run" / left).exists()
+    assert sella_train(*options, "--resume").exit_code == 0
+    assert Bundle.open(out).id == Bundle.open(trained.bundle).id
+
+
 def test_fit_refuses_a_run_folder_without_resume_and_one_of_another_run_with_it(
     trained: Trained, tmp_path: Path
 ) -> None:
