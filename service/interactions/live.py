@@ -1,6 +1,7 @@
 """What interactions say of a user beyond the bundle."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Likes kept ready for a prompt, the newest: several windows of the paper's ten. More would never be read.
 MAX_LIKES = 100
@@ -15,12 +16,23 @@ class Like:
     item_id: str
 
 
+class KnownOutcome(NamedTuple):
+    """An impression with a known outcome, in the order in which items were shown."""
+
+    shown: float  # UTC seconds, the client's
+    impression_id: str
+    item_id: str
+    positive: bool
+
+
 @dataclass(frozen=True, slots=True)
 class LiveUser:
-    """A user's newest likes since the bundle, oldest first, and when the user was deleted, if ever.
+    """A user's newest likes and outcomes, oldest first, and when the user was deleted, if ever.
 
-    What the user did up to `deleted_at` (UTC seconds) is forgotten, the bundle's part included.
+    What the user did up to `deleted_at` (UTC seconds) is forgotten, the bundle's part included. `outcomes` are at most
+    `MAX_OUTCOMES`; they may reach back to before the end of a bundle's own counts.
     """
 
     likes: tuple[Like, ...] = ()
     deleted_at: float | None = None
+    outcomes: tuple[KnownOutcome, ...] = ()
