@@ -103,7 +103,9 @@ class Bundle:
         """Raise BundleError where outcomes are missing, have no label, or name an item outside the catalogue."""
         for column in ("outcome_items", "outcome_labels", "train_impressions"):
             if column not in users.columns:
-                raise BundleError(f"{self.folder / 'users.parquet'}: column '{column}' is missing; train the bundle again")
+                raise BundleError(
+                    f"{self.folder / 'users.parquet'}: column '{column}' is missing; train the bundle again"
+                )
         lengths = users["outcome_items"].list.len(), users["outcome_labels"].list.len()
         for user_id, stored, labelled in zip(users["user_id"], *lengths, strict=True):
             if stored != labelled:

@@ -51,9 +51,9 @@ def united(*live: LiveUser) -> LiveUser:
     deleted_at = max((one.deleted_at for one in live if one.deleted_at is not None), default=None)
     impressions: dict[str, KnownOutcome] = {}
     for outcome in (outcome for one in live for outcome in since_deletion(one.outcomes, deleted_at)):
-        other = impressions.get(outcome.impression_id, outcome)
+        other = impressions.get(outcome.impression, outcome)
         # A positive is final, and the earliest time of an impression is when it was shown.
-        impressions[outcome.impression_id] = outcome._replace(
+        impressions[outcome.impression] = outcome._replace(
             shown=min(outcome.shown, other.shown), positive=outcome.positive or other.positive
         )
     return LiveUser(tuple(sorted(likes.values())), deleted_at, tuple(sorted(impressions.values()))[-MAX_OUTCOMES:])

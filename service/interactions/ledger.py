@@ -13,7 +13,7 @@ from models.features import MAX_OUTCOMES
 from models.fusion import Counts
 from service.interactions.counts import NEGATIVE, PENDING, POSITIVE, Change, Forgotten, LogChange, Standing
 from service.interactions.event import EntryKind, Interaction, LogEntry
-from service.interactions.live import MAX_LIKES, KnownOutcome, Like, LiveUser
+from service.interactions.live import MAX_LIKES, KnownOutcome, Like, LiveUser, impression_name
 from service.interactions.shared import Impression
 
 Verdict = Literal["accepted", "duplicate", "forgotten"]
@@ -184,7 +184,7 @@ class Ledger:
             (user_id, MAX_OUTCOMES),
         ).fetchall()
         return tuple(
-            KnownOutcome(shown, impression_id, item_id, state == POSITIVE)
+            KnownOutcome(shown, impression_name(impression_id), item_id, state == POSITIVE)
             for shown, impression_id, item_id, state in reversed(newest)
         )
 

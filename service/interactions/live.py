@@ -1,6 +1,7 @@
 """What interactions say of a user beyond the bundle."""
 
 from dataclasses import dataclass
+from hashlib import sha1
 from typing import NamedTuple
 
 # Likes kept ready for a prompt, the newest: several windows of the paper's ten. More would never be read.
@@ -16,11 +17,19 @@ class Like:
     item_id: str
 
 
+NAME_DIGITS = 16  # hex digits that tell one user's latest impressions apart
+
+
+def impression_name(impression_id: str) -> str:
+    """Return a short name of an impression, the same at every server: the beginning of the sha1 of its id, in hex."""
+    return sha1(impression_id.encode(), usedforsecurity=False).hexdigest()[:NAME_DIGITS]
+
+
 class KnownOutcome(NamedTuple):
     """An impression with a known outcome, in the order in which items were shown."""
 
     shown: float  # UTC seconds, the client's
-    impression_id: str
+    impression: str  # `impression_name` of its id
     item_id: str
     positive: bool
 

@@ -26,7 +26,7 @@ __all__ = ["EventConflictError", "EventLog", "LogLimits", "LogUnavailableError",
 T = TypeVar("T")
 
 DISK_S = 10.0  # a disk that takes longer counts as gone; the client sends the same ids again
-USERS_AT_ONCE = 12  # read on the event loop at a time: about two milliseconds, where a thread would cost one user more
+USERS_AT_ONCE = 8  # read on the event loop at a time: about two milliseconds, where a thread would cost one user more
 AT_ONCE = 500  # expiries or prunings of one commit, so that interactions do not wait behind them
 
 
@@ -50,7 +50,7 @@ class EventLog:
     """One log file, for one process, used from one event loop.
 
     Reading never waits for writing, and is fast enough for the event loop: 20 microseconds for a user without
-    events, 200 for one with a hundred likes and ten thousand outcomes, from a file that the system holds in memory.
+    events, 300 for one with a hundred likes and ten thousand outcomes, from a file that the system holds in memory.
     """
 
     def __init__(self, path: Path, limits: LogLimits, clock: Clock, metrics: InteractionMetrics) -> None:

@@ -13,7 +13,7 @@ from models.features import MAX_OUTCOMES
 from service.interactions.database import open_database
 from service.interactions.event import Interaction
 from service.interactions.ledger import Counts, EventConflictError, Ledger
-from service.interactions.live import MAX_LIKES, KnownOutcome, Like
+from service.interactions.live import MAX_LIKES, KnownOutcome, Like, impression_name
 from tests.service.interactions.conftest import NOW, event
 from tests.service.interactions.memory import SharedMemory
 
@@ -123,7 +123,8 @@ def test_the_newest_outcomes_are_those_of_the_impressions_shown_last() -> None:
         one.take([event("pending", None, NOW + 999), event("other", True, NOW + 999, user_id="u2")], NOW)
         outcomes = one.live(["u1"])["u1"].outcomes
         kept = range(MAX_OUTCOMES, 2 * MAX_OUTCOMES)
-        assert outcomes == tuple(KnownOutcome(NOW + place, f"e{place:03}", "i7", place % 3 == 0) for place in kept)
+        names = {place: impression_name(f"e{place:03}") for place in kept}
+        assert outcomes == tuple(KnownOutcome(NOW + place, names[place], "i7", place % 3 == 0) for place in kept)
 
 
 def test_a_negative_that_becomes_a_positive_is_one_outcome_and_a_deletion_removes_those_before_it() -> None:
