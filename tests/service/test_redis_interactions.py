@@ -180,6 +180,14 @@ async def test_a_deletion_leaves_the_tombstone_alone_and_what_was_before_it_stay
     assert [(one.shown, one.positive) for one in left.outcomes] == [(NOW + 51, True)]
 
 
+async def test_an_impression_shown_before_a_deletion_is_no_outcome_after_it(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    await shared.apply("log", [entry(1, None), entry(60, None), entry(50, None, "deletion"), entry(61, True)])
+    assert (await live(redis_client, bundle)).outcomes == ()
+
+
 async def test_everything_but_deletions_ends_some_day(redis: RedisServer, shared: RedisInteractions) -> None:
     await shared.apply("log", [entry(1, True), entry(2, True, user="u2"), entry(9, None, "deletion", user="u2")])
     with redis.client() as client:
