@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from models.assembly import AssembledUser, Assembler, known_pairs
-from models.features import NO_COUNTS, Evidence, Floats, HistoryItem, ItemFeatures, Outcome
+from models.features import NO_COUNTS, Floats, HistoryItem, ItemFeatures, Outcome
 from models.fusion import Counts, Fusion, probabilities
 from models.packs import ScoringGroup
 from service.answers import CountsSource, HistoryReport, ScoredItem, Skipped
@@ -205,9 +205,8 @@ async def _assemble(
     """Tokenize and assemble in a thread: the event loop answers others meanwhile."""
 
     def assemble() -> list[_Prompt]:
-        users = merged if live else {}
-        evidence = {one: handle.tables.evidence(one, _outcomes(one, user, handle)) for one, user in users.items()}
-        return [_assemble_one(one, merged, evidence, handle.assembler) for one in resolved]
+        updates = _Updates(merged, handle) if live else None
+        return [_assemble_one(one, merged, updates, handle.assembler) for one in resolved]
 
     return await asyncio.to_thread(assemble)
 
@@ -219,14 +218,34 @@ def _outcomes(user_id: str, user: MergedUser, handle: BundleHandle) -> list[Outc
     return [*stored, *(Outcome(one.item_id, one.positive) for one in since)]
 
 
+class _Updates:
+    """Updates users by their outcomes; a trained user once a request, whatever histories the questions bring."""
+
+    def __init__(self, merged: Mapping[str, MergedUser], handle: BundleHandle) -> None:
+        self._assembler = handle.assembler
+        self._evidence = {
+            one: handle.tables.evidence(one, _outcomes(one, user, handle)) for one, user in merged.items()
+        }
+        self._trained: dict[str, Floats] = {}
+
+    def of(self, user_id: str, user: AssembledUser) -> AssembledUser:
+        """Return a user of a question, whose live vector is updated."""
+        if user_id in self._trained:
+            return replace(user, live_C=self._trained[user_id])
+        updated = self._assembler.updated(user, self._evidence[user_id])
+        if not user.cold:
+            self._trained[user_id] = updated.live_C
+        return updated
+
+
 def _assemble_one(
-    resolved: Resolved, merged: Mapping[str, MergedUser], evidence: Mapping[str, Evidence], assembler: Assembler
+    resolved: Resolved, merged: Mapping[str, MergedUser], updates: _Updates | None, assembler: Assembler
 ) -> _Prompt:
     user_id = resolved.question.user_id
     known = merged[user_id].features
     user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total)
-    if user_id in evidence:
-        user = assembler.updated(user, evidence[user_id])
+    if updates is not None:
+        user = updates.of(user_id, user)
     items = [_candidate(item) for item in resolved.candidates if item is not None]
     return _Prompt(
         resolved=resolved,

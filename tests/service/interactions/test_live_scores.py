@@ -11,7 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from models.features import ItemFeatures
+from models.assembly import AssembledUser, Assembler
+from models.features import Evidence, ItemFeatures
 from models.fusion import PARTS, Counts, Known
 from models.loading import Bundle
 from models.scoring_model import ScoringModel
@@ -218,6 +219,28 @@ async def test_a_cold_users_vector_joins_the_outcomes_of_the_bundle_and_of_the_l
     await steps.compare("u18", ["i3", "i1"], history=["i3", "i1"])  # observed beside the outcomes
     before, after = (steps.offline.live_vector("u18", []) for steps.offline.outcomes["u18"] in ([], [("i1", False)]))
     assert np.abs(before - after).max() > 1e-2
+
+
+async def test_a_trained_users_vector_is_updated_once_a_request(
+    client: httpx.AsyncClient, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updated, given = [], Assembler.updated
+
+    def noted(self: Assembler, user: AssembledUser, evidence: Evidence) -> AssembledUser:
+        updated.append(user.cold)
+        return given(self, user, evidence)
+
+    monkeypatch.setattr(Assembler, "updated", noted)
+    pairs = [
+        {"user_id": user_id, "item_id": "i1", "history": history}
+        for user_id in ("u0", "u18")
+        for history in (["i3"], ["i4", "i5"], [])
+    ]
+    together = (await client.post("/score", json={"pairs": pairs})).json()["results"]
+    assert sorted(updated) == [False, True, True, True]  # a cold user's vector depends on the history
+    for pair, result in zip(pairs, together, strict=True):
+        [alone] = (await client.post("/score", json={"pairs": [pair]})).json()["results"]
+        assert result["score"] == pytest.approx(alone["score"], abs=1e-5)
 
 
 async def test_an_impression_counts_once_its_time_has_passed(
