@@ -4,14 +4,14 @@ Evaluation, batch scoring and the service all come through here, cold users and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.cold import UserPrior
-from models.features import HistoryItem, ItemFeatures, UserFeatures
+from models.features import Evidence, HistoryItem, ItemFeatures, UserFeatures
 from models.fusion import Counts, Known, raw_logits
 from models.packs import Branch, Pack, ScoringGroup
 from models.segments import Segment
@@ -31,10 +31,12 @@ class HistoryUse:
 
 @dataclass(frozen=True, slots=True)
 class AssembledUser:
-    """The instruction and user segment, the user's vector, and what to report."""
+    """The instruction and user segment, the user's vectors, and what to report."""
 
     segment: Segment
-    vector_C: Floats
+    vector_C: Floats  # behind <User_ID>
+    live_C: Floats  # for `score` with live counts: the same, or what `Assembler.updated` made of it
+    shown: tuple[HistoryItem, ...]  # the items of the history that the prompt shows
     history: HistoryUse
     cold: bool
     titles_cut: int  # history titles that the token cap shortened
@@ -85,10 +87,27 @@ class Assembler:
         return AssembledUser(
             segment=self.template.instruction(kind) + self.template.user_segment(kind, titles),
             vector_C=vector,
+            live_C=vector,
+            shown=tuple(shown),
             history=HistoryUse(given=total, used=len(shown), dropped=total - len(shown)),
             cold=cold,
             titles_cut=sum(title.cut > 0 for title in titles),
         )
+
+    def updated(self, user: AssembledUser, evidence: Evidence) -> AssembledUser:
+        """Return a user whose live vector is updated by known outcomes.
+
+        An item of the history whose positive outcome is among the evidence is observed once, as that outcome.
+        """
+        liked = [item.fold_C for item in user.shown if item.item_id not in evidence.positives]
+        live_C = self.prior.updated(
+            None if user.cold else user.vector_C,
+            evidence.impressions,
+            evidence.items_HC,
+            evidence.labels_H,
+            _stack(liked, len(self.prior.mean_C)),
+        )
+        return replace(user, live_C=live_C)
 
     def group(self, user: AssembledUser, candidates: Sequence[ItemFeatures]) -> ScoringGroup:
         """Assemble one packed prompt: the user segment, then every candidate behind it."""
@@ -104,26 +123,27 @@ class Assembler:
 def known_pairs(
     raw_K: Floats,
     group: ScoringGroup,
-    user: tuple[Counts, bool],
+    user: tuple[Counts, AssembledUser],
     items: Sequence[tuple[Counts, bool]],
     *,
     live: bool,
 ) -> Known:
-    """Return the inputs of `Fusion` for a group's pairs. `user` and `items` hold (counts, whether cold).
+    """Return the inputs of `Fusion` for a group's pairs. `items` hold (counts, whether cold).
 
     `live` says whether the counts are live, or the bundle's alone.
     """
     counts_K2 = np.array([counts for counts, _ in items], np.int64)
-    (impressions, positives), cold = user
+    (impressions, positives), assembled = user
     return Known(
         lm_K=raw_logits(raw_K),
         user_KC=np.broadcast_to(group.user_1C, group.item_KC.shape),
+        live_user_KC=np.broadcast_to(assembled.live_C if live else group.user_1C, group.item_KC.shape),
         item_KC=group.item_KC,
         user_impressions_K=np.full(len(items), impressions),
         user_positives_K=np.full(len(items), positives),
         item_impressions_K=counts_K2[:, 0],
         item_positives_K=counts_K2[:, 1],
-        cold_user_K=np.full(len(items), cold),
+        cold_user_K=np.full(len(items), assembled.cold),
         cold_item_K=np.array([cold for _, cold in items], np.bool_),
         live=live,
     )

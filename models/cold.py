@@ -1,6 +1,6 @@
 """Vectors for what was never trained: a user folded in from a history, an item mapped from its text.
 
-Shapes: H history items, N rows, C = d_C, D = d_L.
+Shapes: L liked items of a history, H impressions with a known outcome, N rows, C = d_C, D = d_L.
 """
 
 from dataclasses import dataclass
@@ -13,30 +13,63 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class UserPrior:
-    """The trained users' Gaussian, and how a liked item is observed under it.
+    """The trained users' Gaussian, and how a liked item or a known outcome is observed under it.
 
     A history holds positives alone, so observing each as label 1 would make every new user look lenient. Each is
-    observed as `target` instead, with variance `noise`: the two are fitted on train users treated as new.
+    observed as `target` instead, with variance `noise`: the two are fitted on train users treated as new. Impressions
+    with a known outcome include the negatives: each is observed as its label, 1 or 0, with variance `outcome_noise`.
+
+    Attributes:
+        mean_C: the mean of the trained users' vectors.
+        covariance_CC: their covariance; the constant dimension has none.
+        outcome_noise: the variance of a label around stage 2's prediction.
+        strength: the number of train impressions after which half of the covariance is left.
     """
 
     mean_C: Floats
     covariance_CC: Floats
     target: float
     noise: float
+    outcome_noise: float
+    strength: float
 
-    def fold_in(self, items_HC: Floats) -> Floats:
-        """Return the posterior mean of a user who liked these items, `(C,)`; the prior mean for none.
+    def fold_in(self, liked_LC: Floats) -> Floats:
+        """Return the posterior mean of a user who liked these items, `(C,)`; the prior mean for none."""
+        return self._posterior(self.mean_C, 1.0, liked_LC, *self._liked(len(liked_LC)))
 
-        u = m + S V' (V S V' + noise I)^-1 (target - V m), the form that needs no inverse of S: the constant
-        dimension of a user vector has no variance.
+    def updated(
+        self, vector_C: Floats | None, impressions: int, items_HC: Floats, labels_H: Floats, liked_LC: Floats
+    ) -> Floats:
+        """Return a user's vector, `(C,)`, updated by impressions with a known outcome; without any it stays the same.
+
+        `vector_C` is the trained vector and `impressions` the number of train impressions that it holds; the remaining
+        variance falls with that number. For a user without training `vector_C` is None: the prior mean is updated, and
+        `liked_LC`, the liked items whose outcomes are not among `labels_H`, are observed as in `fold_in`.
+        """
+        noise_H = np.full(len(items_HC), self.outcome_noise, np.float32)
+        if vector_C is not None:
+            left = self.strength / (self.strength + impressions)
+            return self._posterior(vector_C, left, items_HC, labels_H, noise_H)
+        target_L, noise_L = self._liked(len(liked_LC))
+        observed, noise = np.concatenate([target_L, labels_H]), np.concatenate([noise_L, noise_H])
+        return self._posterior(self.mean_C, 1.0, np.concatenate([liked_LC, items_HC]), observed, noise)
+
+    def _liked(self, count: int) -> tuple[Floats, Floats]:
+        """Return what liked items are observed as, and the variance."""
+        return np.full(count, self.target, np.float32), np.full(count, self.noise, np.float32)
+
+    def _posterior(self, mean_C: Floats, left: float, items_HC: Floats, observed_H: Floats, noise_H: Floats) -> Floats:
+        """Return u = m + S V' (V S V' + N)^-1 (y - V m), `(C,)`, where S is `left` times the covariance.
+
+        This form needs no inverse of S, which is singular.
         """
         if len(items_HC) == 0:
-            return self.mean_C
-        gain_CH = self.covariance_CC @ items_HC.T
-        system_HH = items_HC @ gain_CH + self.noise * np.eye(len(items_HC), dtype=np.float32)
-        residual_H = self.target - items_HC @ self.mean_C
-        folded: Floats = (self.mean_C + gain_CH @ np.linalg.solve(system_HH, residual_H)).astype(np.float32)
-        return folded
+            return mean_C
+        gain_CH = np.float32(left) * (self.covariance_CC @ items_HC.T)
+        system_HH = items_HC @ gain_CH + np.diag(noise_H)
+        residual_H = observed_H - items_HC @ mean_C
+        posterior_C: Floats = (mean_C + gain_CH @ np.linalg.solve(system_HH, residual_H)).astype(np.float32)
+        return posterior_C
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shapes: U users, I items, C = d_C, D = d_L.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,31 @@ from models.fusion import Counts
 
 Floats = NDArray[np.float32]
 NO_COUNTS = Counts()
+MAX_OUTCOMES = 100  # outcomes that update a user's vector, the newest; they bound the time of a solve on a request
+
+
+class Outcome(NamedTuple):
+    """The known outcome of an impression."""
+
+    item_id: str
+    positive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The outcomes of a user that the trained vector does not hold, oldest first.
+
+    Attributes:
+        impressions: the number of train impressions that the trained vector holds.
+        positives: the ids of the items with a positive outcome.
+        items_HC: stage 2's vectors of the items.
+        labels_H: 1 for a positive outcome, 0 for a negative one.
+    """
+
+    impressions: int
+    positives: frozenset[str]
+    items_HC: Floats
+    labels_H: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +98,8 @@ class Tables:
     histories: Sequence[tuple[str, ...]]
     history_times: Sequence[tuple[float, ...]]
     history_totals: Sequence[int]
+    outcomes: Sequence[tuple[Outcome, ...]]  # the newest `MAX_OUTCOMES` of valid, oldest first
+    train_impressions_U: NDArray[np.int64]
     user_counts_U2: NDArray[np.int64]  # impressions and positives of all rows of train and valid
     item_counts_I2: NDArray[np.int64]
     user_vectors_UC: Floats
@@ -116,6 +143,22 @@ class Tables:
             np.asarray(self.semantic_ID[row]),
             bool(self.item_trained_I[row]),
             Counts(*self.item_counts_I2[row].tolist()),
+        )
+
+    def stored_outcomes(self, user_id: str) -> tuple[Outcome, ...]:
+        """Return the outcomes of a user in valid, oldest first; none for an unknown user."""
+        row = self._user_rows.get(user_id)
+        return () if row is None else tuple(self.outcomes[row])
+
+    def evidence(self, user_id: str, outcomes: Sequence[Outcome]) -> Evidence:
+        """Return the evidence of a user's newest outcomes, given oldest first, on items of the catalogue."""
+        row = self._user_rows.get(user_id)
+        known = [one for one in outcomes[-MAX_OUTCOMES:] if one.item_id in self._item_rows]
+        return Evidence(
+            impressions=0 if row is None else int(self.train_impressions_U[row]),
+            positives=frozenset(one.item_id for one in known if one.positive),
+            items_HC=np.asarray(self.fold_vectors_IC[[self._item_rows[one.item_id] for one in known]]),
+            labels_H=np.array([one.positive for one in known], np.float32),
         )
 
     def unseen_item(self, item_id: str, title: str, semantic_D: Floats) -> ItemFeatures:

@@ -7,7 +7,8 @@ the item, and the cold flags. Evaluation and service call the same code.
 A rate enters as its smoothed distance from the base rate in log-odds: without evidence the distance is zero. Each rate
 enters with two strengths of smoothing, so that the model can tell much evidence from little. Only the cold flags may
 have negative weights, so one more positive of an item never lowers its score. Static counts end with the training data,
-live counts at this moment: each kind has its own weights.
+live counts at this moment: each kind has its own weights. With live counts the user's bias and taste come from a
+vector that the user's latest outcomes have updated (`UserPrior.updated`).
 
 Shapes: K pairs, C = d_C.
 """
@@ -45,7 +46,8 @@ class Known:
 
     Attributes:
         lm_K: the language model's logit, log p(Yes) - log p(No).
-        user_KC: collaborative vectors of the users, [p, b_u, 1].
+        user_KC: collaborative vectors of the users, [p, b_u, 1], as trained or folded in from a history.
+        live_user_KC: the same, updated by the outcomes that are known at this moment; `user_KC` for static counts.
         item_KC: collaborative vectors of the items, [q, 1, b_i].
         user_impressions_K, user_positives_K: the user's impressions with a known outcome, and the positives.
         item_impressions_K, item_positives_K: the item's.
@@ -55,6 +57,7 @@ class Known:
 
     lm_K: NDArray[np.floating]
     user_KC: Floats
+    live_user_KC: Floats
     item_KC: Floats
     user_impressions_K: NDArray[np.integer]
     user_positives_K: NDArray[np.integer]
@@ -179,7 +182,8 @@ class Fusion(BaseModel):
 
 def fusion_inputs(known: Known, rates: Rates) -> dict[str, Doubles]:
     """Return every input of the logistic model by name, `(K,)` each, in the order of `INPUTS`."""
-    user_KC, item_KC = known.user_KC.astype(np.float64), known.item_KC.astype(np.float64)
+    user_KC = (known.live_user_KC if known.live else known.user_KC).astype(np.float64)
+    item_KC = known.item_KC.astype(np.float64)
     user = (known.user_positives_K, known.user_impressions_K)
     item = (known.item_positives_K, known.item_impressions_K)
     inputs = {

@@ -17,7 +17,7 @@ from models.backbone import DTYPES, Backbone, load_backbone, load_tokenizer
 from models.bundle import BundleError, Manifest, merged_id, verify
 from models.cold import TextMap, UserPrior
 from models.definition import Definition
-from models.features import Floats, Tables
+from models.features import Floats, Outcome, Tables
 from models.fusion import Fusion
 from models.probe import probe
 from models.projection import Projections
@@ -61,6 +61,7 @@ class Bundle:
         semantic = _map_tensors(self.folder / "semantic.safetensors")
         fold = json.loads((self.folder / "fold_in.json").read_text())
         self._check_histories(users)
+        self._check_outcomes(users, items)
         return Tables(
             user_ids=users["user_id"].to_list(),
             item_ids=items["item_id"].to_list(),
@@ -70,13 +71,15 @@ class Bundle:
             histories=[tuple(one) for one in users["history"].to_list()],
             history_times=[tuple(one) for one in users["history_times"].to_list()],
             history_totals=users["history_total"].to_list(),
+            outcomes=[tuple(map(Outcome, *one)) for one in users.select("outcome_items", "outcome_labels").iter_rows()],
+            train_impressions_U=users["train_impressions"].to_numpy(),
             user_counts_U2=users.select("impressions", "positives").to_numpy(),
             item_counts_I2=items.select("impressions", "positives").to_numpy(),
             user_vectors_UC=collab["user_vectors"],
             item_vectors_IC=collab["item_vectors"],
             fold_vectors_IC=collab["fold_vectors"],
             semantic_ID=semantic["vectors"],
-            prior=UserPrior(collab["prior_mean"], collab["prior_covariance"], fold["target"], fold["noise"]),
+            prior=UserPrior(collab["prior_mean"], collab["prior_covariance"], **fold),
             text_map=TextMap(semantic["map_center"], semantic["map_weight"], semantic["map_offset"]),
         )
 
@@ -95,6 +98,26 @@ class Bundle:
                     f"{self.folder / 'users.parquet'}: user {user_id!r} has {stored} stored items; the window needs"
                     f" {wanted}"
                 )
+
+    def _check_outcomes(self, users: pl.DataFrame, items: pl.DataFrame) -> None:
+        """Raise BundleError where outcomes are missing, have no label, or name an item outside the catalogue."""
+        for column in ("outcome_items", "outcome_labels", "train_impressions"):
+            if column not in users.columns:
+                raise BundleError(
+                    f"{self.folder / 'users.parquet'}: column '{column}' is missing; train the bundle again"
+                )
+        lengths = users["outcome_items"].list.len(), users["outcome_labels"].list.len()
+        for user_id, stored, labelled in zip(users["user_id"], *lengths, strict=True):
+            if stored != labelled:
+                raise BundleError(
+                    f"{self.folder / 'users.parquet'}: user {user_id!r} has {stored} outcomes and {labelled} labels"
+                )
+        named = users["outcome_items"].explode().drop_nulls()
+        unknown = named.filter(~named.is_in(items["item_id"].to_list()))
+        if len(unknown):
+            raise BundleError(
+                f"{self.folder / 'users.parquet'}: outcome of item {unknown[0]!r}, which is not in items.parquet"
+            )
 
     def fusion(self) -> Fusion:
         """Load the weights of `score`."""

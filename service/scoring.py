@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from models.assembly import AssembledUser, Assembler, known_pairs
-from models.features import NO_COUNTS, Floats, HistoryItem, ItemFeatures, UserFeatures
+from models.features import NO_COUNTS, Floats, HistoryItem, ItemFeatures, Outcome
 from models.fusion import Counts, Fusion, probabilities
 from models.packs import ScoringGroup
 from service.answers import CountsSource, HistoryReport, ScoredItem, Skipped
@@ -20,7 +20,7 @@ from service.batcher import Waited
 from service.bundles.handle import BundleHandle
 from service.features.protocol import Features
 from service.interactions.counts import Counted, larger
-from service.interactions.histories import NOBODY, merge_all
+from service.interactions.histories import NOBODY, MergedUser, merge_all
 from service.interactions.live import LiveUser
 from service.questions import PromptItem, Question, Resolved, query, resolve
 from service.schemas import OnUnknown
@@ -127,19 +127,20 @@ async def score(
     template = handle.assembler.template
     handle.batcher.check(*_size(questions), deadline)
     with timings.leg("lookup"):
-        found, with_likes, counted = await _look_up(questions, handle, live)
+        found, merged, counted = await _look_up(questions, handle, live)
+    with_likes = frozenset(one for one, user in merged.items() if user.likes)
     resolved, skipped = resolve(questions, found, template, on_unknown, with_likes)
     resolved = await _distil_unknown(resolved, handle, deadline, timings)
     with timings.leg("assemble"):
-        prompts = await _assemble(resolved, found.users, handle.assembler)
+        prompts = await _assemble(resolved, merged, handle, live=counted.live)
     raw = await _compute([one.group for one in prompts if one.group is not None], handle, deadline, timings)
     return _answers(prompts, raw, counted, handle.fusion, explain=explain), skipped
 
 
 async def _look_up(
     questions: Sequence[Question], handle: BundleHandle, live: LiveLookup
-) -> tuple[Features, frozenset[str], Counted]:
-    """Return the features, with live likes in the histories; the users who have live likes; the live counts."""
+) -> tuple[Features, dict[str, MergedUser], Counted]:
+    """Return the features, with live likes in the histories; the users with their live outcomes; the live counts."""
     # The log first: its likes are looked up in the same round trip as everything else.
     logged = await live(frozenset(question.user_id for question in questions))
     asked = query(questions, handle.assembler.template, logged)
@@ -153,7 +154,7 @@ async def _look_up(
         if told.deleted_at is not None and (logged.get(one, NOBODY).deleted_at or 0.0) < told.deleted_at
     }
     counted = larger(handle.counts.of(asked.user_ids - forgotten, asked.counts_of), found.counted)
-    return replace(found, users=users), frozenset(one for one, user in merged.items() if user.likes), counted
+    return replace(found, users=users), merged, counted
 
 
 def _size(questions: Sequence[Question]) -> tuple[int, int]:
@@ -199,16 +200,52 @@ async def _distil_unknown(
 
 
 async def _assemble(
-    resolved: Sequence[Resolved], users: Mapping[str, UserFeatures], assembler: Assembler
+    resolved: Sequence[Resolved], merged: Mapping[str, MergedUser], handle: BundleHandle, *, live: bool
 ) -> list[_Prompt]:
     """Tokenize and assemble in a thread: the event loop answers others meanwhile."""
-    return await asyncio.to_thread(
-        lambda: [_assemble_one(one, users.get(one.question.user_id), assembler) for one in resolved]
-    )
+
+    def assemble() -> list[_Prompt]:
+        updates = _Updates(merged, handle) if live else None
+        return [_assemble_one(one, merged, updates, handle.assembler) for one in resolved]
+
+    return await asyncio.to_thread(assemble)
 
 
-def _assemble_one(resolved: Resolved, known: UserFeatures | None, assembler: Assembler) -> _Prompt:
+def _outcomes(user_id: str, user: MergedUser, handle: BundleHandle) -> list[Outcome]:
+    """Return the outcomes of a user that the bundle has, then those of the items shown after its own counts end."""
+    stored = () if user.deleted else handle.tables.stored_outcomes(user_id)
+    since = (one for one in user.outcomes if one.shown > handle.counts.until)
+    return [*stored, *(Outcome(one.item_id, one.positive) for one in since)]
+
+
+class _Updates:
+    """Updates users by their outcomes; a trained user once a request, whatever histories the questions bring."""
+
+    def __init__(self, merged: Mapping[str, MergedUser], handle: BundleHandle) -> None:
+        self._assembler = handle.assembler
+        self._evidence = {
+            one: handle.tables.evidence(one, _outcomes(one, user, handle)) for one, user in merged.items()
+        }
+        self._trained: dict[str, Floats] = {}
+
+    def of(self, user_id: str, user: AssembledUser) -> AssembledUser:
+        """Return a user of a question, whose live vector is updated."""
+        if user_id in self._trained:
+            return replace(user, live_C=self._trained[user_id])
+        updated = self._assembler.updated(user, self._evidence[user_id])
+        if not user.cold:
+            self._trained[user_id] = updated.live_C
+        return updated
+
+
+def _assemble_one(
+    resolved: Resolved, merged: Mapping[str, MergedUser], updates: _Updates | None, assembler: Assembler
+) -> _Prompt:
+    user_id = resolved.question.user_id
+    known = merged[user_id].features
     user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total)
+    if updates is not None:
+        user = updates.of(user_id, user)
     items = [_candidate(item) for item in resolved.candidates if item is not None]
     return _Prompt(
         resolved=resolved,
@@ -261,7 +298,7 @@ def _scores(
 ) -> list[_Score]:
     user = prompt.counts + counted.users.get(prompt.resolved.question.user_id, NO_COUNTS)
     items = [(one.counts + counted.items.get(one.item_id, NO_COUNTS), not one.trained) for one in prompt.items]
-    parts = fusion.parts(known_pairs(raw_K, group, (user, prompt.user.cold), items, live=counted.live))
+    parts = fusion.parts(known_pairs(raw_K, group, (user, prompt.user), items, live=counted.live))
     scores_K = probabilities(np.sum([*parts.values()], axis=0))
     columns = {name: values.tolist() for name, values in parts.items()} if explain else {}
     return [

@@ -234,7 +234,9 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
     }
     save_file(collab, folder / "collab.safetensors")
     save_file(semantic, folder / "semantic.safetensors")
-    (folder / "fold_in.json").write_text(json.dumps({"target": 1.0, "noise": 0.5}))
+    (folder / "fold_in.json").write_text(
+        json.dumps({"target": 1.0, "noise": 0.5, "outcome_noise": 0.4, "strength": 12.0})
+    )
     known_rng = np.random.default_rng(seed + 4)
     _write_fusion(folder, known_rng)
     item_ids = [f"i{row}" for row in range(size.items)]
@@ -250,6 +252,12 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
     histories = [[item_ids[i] for i in rng.integers(0, size.items, size=min(total, 10))] for total in totals]
     # A day between two likes, the last of every user on the same day.
     times = [[HISTORY_END - DAY_S * (len(one) - place - 1) for place in range(len(one))] for one in histories]
+    counts = _counts(size.users, size.users - size.cold_users, known_rng)
+    # Outcomes in valid: "u0" has as many as a bundle keeps, the cold user before the last has four, the last none.
+    known = [100, *known_rng.integers(0, 6, size=max(0, size.users - 3)).tolist(), 4, 0][-size.users :]
+    outcomes = [[(item_ids[i], i % 3 > 0) for i in known_rng.integers(0, size.items, size=one)] for one in known]
+    seen = known_rng.integers(1, 30, size=size.users)
+    seen[size.users - size.cold_users :] = 0
     pl.DataFrame(
         {
             "user_id": [f"u{row}" for row in range(size.users)],
@@ -257,6 +265,9 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
             "history": pl.Series(histories, dtype=pl.List(pl.String)),
             "history_times": pl.Series(times, dtype=pl.List(pl.Float64)),
             "history_total": totals,
-            **_counts(size.users, size.users - size.cold_users, known_rng),
+            "outcome_items": pl.Series([[one for one, _ in told] for told in outcomes], dtype=pl.List(pl.String)),
+            "outcome_labels": pl.Series([[one for _, one in told] for told in outcomes], dtype=pl.List(pl.Boolean)),
+            "train_impressions": seen,
+            **counts,
         }
     ).write_parquet(folder / "users.parquet")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from models.assembly import known_pairs
+from models.assembly import AssembledUser, known_pairs
 from models.features import ItemFeatures
 from models.fusion import Counts
 from models.ids import IdError, canonical_id
@@ -158,13 +158,13 @@ def _score_part(
     waiting = list(rows_by_user.items())
     for start in range(0, len(waiting), GROUPS_AT_ONCE):
         groups: list[ScoringGroup] = []
-        users_known: list[tuple[Counts, bool]] = []
+        users_known: list[tuple[Counts, AssembledUser]] = []
         for user_id, rows in waiting[start : start + GROUPS_AT_ONCE]:
             assembled = scorer.stored_user(user_id)
             for row in rows:
                 cold_user[row] = assembled.cold
             groups.append(scorer.assembler.group(assembled, [known[items[row]] for row in rows]))
-            users_known.append((scorer.user_counts(user_id), assembled.cold))
+            users_known.append((scorer.user_counts(user_id), assembled))
         for (_, rows), group, user, scores in zip(
             waiting[start : start + GROUPS_AT_ONCE],
             groups,

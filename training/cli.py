@@ -114,7 +114,7 @@ def evaluate(
 ) -> None:
     """Measure a bundle's score and simple scorers on a split, with user-bootstrap intervals."""
     with one_line_errors():
-        from training.counts import Counting
+        from training.counts import Counting, row_outcomes
         from training.data.history import build_histories
         from training.evaluate import score_split
         from training.start import open_scorer, progress_bar, read_data
@@ -130,8 +130,9 @@ def evaluate(
         if delay:
             times_B = dataset.splits[split]["timestamp"].to_numpy()
             histories = histories.delayed(split, times_B - delay)
+        outcomes = row_outcomes(dataset, split, counting, scorer.tables)
         with progress_bar(f"scoring {split}") as progress:
-            scored = score_split(scorer, dataset, histories, split, 4096, progress)
+            scored = score_split(scorer, dataset, histories, split, 4096, progress, outcomes)
         report = judge_bundle(opened.fusion(), scored, dataset, histories, split, scorer.tables, counting)
         if as_json:
             print(json.dumps(report))

@@ -1,4 +1,6 @@
-"""The counts of a row's user and item before the row: impressions with a known outcome, and positives.
+"""What is known at a row: counts of its user and item before the row, and the user's newest outcomes.
+
+Counts are of impressions with a known outcome, and of positives among them.
 
 Static: the counts of the train split, the same for every row. Live: all rows of all splits before the row, as a service
 counts that learns every outcome after a delay. Rows of the row's own second never count.
@@ -13,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from models.features import Tables
+from models.features import MAX_OUTCOMES, Outcome, Tables
 from training.data.dataset import Dataset
 from training.data.errors import DataError
 
@@ -76,6 +78,49 @@ def row_counts(dataset: Dataset, split: str, counting: Counting, tables: Tables 
     return RowCounts(*user, *item)
 
 
+@dataclass(frozen=True)
+class RowOutcomes:
+    """The outcomes known at every row of a split, of the row's user, except those in train.
+
+    Attributes:
+        items_N, labels_N: rows with a known outcome, ordered by user, then by time.
+        first_B, end_B: where those known at a row begin and end.
+        stored_B: the bundle's outcomes of the row's user, before all others.
+    """
+
+    items_N: pl.Series
+    labels_N: NDArray[np.bool_]
+    first_B: Counted
+    end_B: Counted
+    stored_B: Sequence[tuple[Outcome, ...]] | None
+
+    def of(self, row: int) -> tuple[Outcome, ...]:
+        """Return the newest outcomes known at a row, oldest first, at most `MAX_OUTCOMES`."""
+        known = slice(max(int(self.first_B[row]), int(self.end_B[row]) - MAX_OUTCOMES), int(self.end_B[row]))
+        found = map(Outcome, self.items_N[known].to_list(), self.labels_N[known].tolist())
+        stored = () if self.stored_B is None else self.stored_B[row]
+        return (*stored, *found)[-MAX_OUTCOMES:]
+
+
+def row_outcomes(dataset: Dataset, split: str, counting: Counting, tables: Tables) -> RowOutcomes:
+    """Return the outcomes known at every row of a split; static counting knows none.
+
+    Rows of train are left out: the trained vectors hold them. If the dataset has no train split, the outcomes in the
+    bundle's tables come first, as in the service.
+    """
+    frame = dataset.splits[split]
+    splits, before_B = counting.known(dataset, split)
+    columns = ["user_id", "item_id", "label", pl.col("timestamp").cast(pl.Float64)]
+    rows = (dataset.splits[name].select(columns) for name in splits if name != "train")
+    known = pl.concat([frame.select(columns).clear(), *rows])
+    code_N, code_B = _codes(known["user_id"], frame["user_id"])
+    order_N, first_B, end_B = _before(code_N, known["timestamp"].to_numpy(), code_B, before_B)
+    stored_B = None
+    if counting.live and "train" not in dataset.splits:
+        stored_B = [tables.stored_outcomes(one) for one in frame["user_id"]]
+    return RowOutcomes(known["item_id"][order_N], known["label"].to_numpy()[order_N] > 0, first_B, end_B, stored_B)
+
+
 def counted_before(
     key_N: Counted,
     label_N: NDArray[np.integer],
@@ -87,14 +132,8 @@ def counted_before(
 
     Keys are not negative.
     """
-    # One integer orders by key, then by time. It holds the rank of the time, so that nothing is rounded.
-    times, rank_N = np.unique(time_N, return_inverse=True)
-    place_N = key_N * (len(times) + 1) + rank_N
-    order = np.argsort(place_N, kind="stable")
-    place_N = place_N[order]
-    positives = np.concatenate([[0], np.cumsum(label_N[order], dtype=np.int64)])
-    first_B = np.searchsorted(place_N, key_B * (len(times) + 1))
-    end_B = np.searchsorted(place_N, key_B * (len(times) + 1) + np.searchsorted(times, before_B))
+    order_N, first_B, end_B = _before(key_N, time_N, key_B, before_B)
+    positives = np.concatenate([[0], np.cumsum(label_N[order_N], dtype=np.int64)])
     return end_B - first_B, positives[end_B] - positives[first_B]
 
 
@@ -108,9 +147,28 @@ def counts_by_id(frame: pl.DataFrame, column: str) -> pl.DataFrame:
 def _counts(
     known: pl.DataFrame, frame: pl.DataFrame, column: str, before_B: NDArray[np.float64]
 ) -> tuple[Counted, Counted]:
-    codes = pl.concat([known[column], frame[column]]).unique(maintain_order=True)
-    code_N, code_B = _places(known[column], codes), _places(frame[column], codes)
+    code_N, code_B = _codes(known[column], frame[column])
     return counted_before(code_N, known["label"].to_numpy(), known["timestamp"].to_numpy(), code_B, before_B)
+
+
+def _before(
+    key_N: Counted, time_N: NDArray[np.float64], key_B: Counted, before_B: NDArray[np.float64]
+) -> tuple[Counted, Counted, Counted]:
+    """Return the order of N rows by key, then by time, and where the rows before each of B rows begin and end in it."""
+    # One integer orders by key, then by time. It holds the rank of the time, so that nothing is rounded.
+    times, rank_N = np.unique(time_N, return_inverse=True)
+    place_N = key_N * (len(times) + 1) + rank_N
+    order_N = np.argsort(place_N, kind="stable")
+    place_N = place_N[order_N]
+    first_B = np.searchsorted(place_N, key_B * (len(times) + 1))
+    end_B = np.searchsorted(place_N, key_B * (len(times) + 1) + np.searchsorted(times, before_B))
+    return order_N, first_B, end_B
+
+
+def _codes(known: pl.Series, asked: pl.Series) -> tuple[Counted, Counted]:
+    """Return codes of the ids in two columns; equal ids have equal codes."""
+    distinct = pl.concat([known, asked]).unique(maintain_order=True)
+    return _places(known, distinct), _places(asked, distinct)
 
 
 def _bundle_counts(ids_B: pl.Series, ids: Sequence[str], counts_E2: NDArray[np.integer]) -> tuple[Counted, Counted]:

@@ -17,7 +17,7 @@ from models.ids import IdError
 from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
 from models.template import window_start
-from training.counts import RowCounts
+from training.counts import RowCounts, RowOutcomes
 from training.data.dataset import Dataset
 from training.data.history import Histories
 from training.metrics import REPLICATES, Interval, compare_scores, evaluate_scores
@@ -53,7 +53,12 @@ class Scorer:
     def stored_user(self, user_id: str) -> AssembledUser:
         """Assemble a user under the bundle's stored history; one the bundle has never heard of has none."""
         user = self.tables.user(user_id)
-        return self.user(user, user.history if user else (), user.history_total if user else 0)
+        history, total = (user.history, user.history_total) if user else ((), 0)
+        return self.updated(user_id, self.user(user, history, total))
+
+    def updated(self, user_id: str, user: AssembledUser) -> AssembledUser:
+        """Return a user whose live vector is updated by the bundle's outcomes, as with an empty log."""
+        return self.assembler.updated(user, self.tables.evidence(user_id, self.tables.stored_outcomes(user_id)))
 
     def user_counts(self, user_id: str) -> Counts:
         """Return the bundle's counts of a user; zero for an unknown user."""
@@ -77,19 +82,31 @@ class Scorer:
 
 @dataclass(frozen=True)
 class ScoredSplit:
-    """The raw scores of a split's rows, and their vectors and cold flags; `(B,)` and `(B, C)`."""
+    """The raw scores of a split's rows, and their vectors and cold flags; `(B,)` and `(B, C)`.
+
+    `live_user_BC` are the users' vectors updated by the outcomes known at each row; None if no outcomes were given.
+    """
 
     raw_B: Floats
     user_BC: Floats
+    live_user_BC: Floats | None
     item_BC: Floats
     cold_user_B: NDArray[np.bool_]
     cold_item_B: NDArray[np.bool_]
 
     def known(self, counts: RowCounts, *, live: bool) -> Known:
-        """Return the fusion's inputs for the rows with these counts, which are live or static."""
+        """Return the fusion's inputs for the rows with these counts, which are live or static.
+
+        Raises:
+            ValueError: live counts, but the split was scored without outcomes.
+        """
+        live_user_BC = self.live_user_BC if live else self.user_BC
+        if live_user_BC is None:
+            raise ValueError("live counts need live vectors; give score_split the outcomes known at the rows")
         return Known(
             lm_K=raw_logits(self.raw_B),
             user_KC=self.user_BC,
+            live_user_KC=live_user_BC,
             item_KC=self.item_BC,
             user_impressions_K=counts.user_impressions_B,
             user_positives_K=counts.user_positives_B,
@@ -108,8 +125,9 @@ def score_split(
     split: str,
     max_tokens: int,
     progress: Progress = no_progress,
+    outcomes: RowOutcomes | None = None,
 ) -> ScoredSplit:
-    """Score every row of a split, each with its history at that time.
+    """Score every row of a split, each with its history at that time; `outcomes` update the live vectors.
 
     Nothing of the bundle's stored histories is used: at the time of the row they had not all happened.
     """
@@ -121,6 +139,7 @@ def score_split(
     scored = ScoredSplit(
         raw_B=np.empty(frame.height, np.float32),
         user_BC=np.empty((frame.height, width), np.float32),
+        live_user_BC=None if outcomes is None else np.empty((frame.height, width), np.float32),
         item_BC=np.stack([items[one].collab_C for one in item_ids])[rows.item_row],
         cold_user_B=np.empty(frame.height, bool),
         cold_item_B=np.array([not items[one].trained for one in item_ids])[rows.item_row],
@@ -136,6 +155,10 @@ def score_split(
                 scorer.tables.user(user_ids[run[0]]), [items[item_ids[row]] for row in window], total
             )
             scored.user_BC[run], scored.cold_user_B[run] = user.vector_C, user.cold
+            if outcomes is not None and scored.live_user_BC is not None:
+                for row in run.tolist():
+                    evidence = scorer.tables.evidence(user_ids[row], outcomes.of(row))
+                    scored.live_user_BC[row] = scorer.assembler.updated(user, evidence).live_C
             groups.append(scorer.assembler.group(user, [items[item_ids[row]] for row in rows.item_row[run]]))
         for run, scores in zip(runs, scorer.model.score(groups, max_tokens), strict=True):
             scored.raw_B[run] = scores

@@ -33,14 +33,15 @@ def describe_prompt(
         assembled = scorer.stored_user(canonical_id(user_id))
     else:
         user = scorer.tables.user(canonical_id(user_id))
-        assembled = scorer.user(user, [canonical_id(one) for one in history], len(history))
+        given = scorer.user(user, [canonical_id(one) for one in history], len(history))
+        assembled = scorer.updated(canonical_id(user_id), given)
     item = _item(scorer, canonical_id(item_id), title)
     group = scorer.assembler.group(assembled, [item])
     prompt = group.pack.trunk + group.pack.branches[0].segment
     raw = scorer.model.score([group])[0]
     counts = scorer.user_counts(canonical_id(user_id))
     fusion = bundle.fusion()
-    known = known_pairs(raw, group, (counts, assembled.cold), [(item.counts, not item.trained)], live=True)
+    known = known_pairs(raw, group, (counts, assembled), [(item.counts, not item.trained)], live=True)
     described: dict[str, Any] = {
         "bundle_id": bundle.id,
         "user_id": user_id,

@@ -4,7 +4,7 @@ The stages meet through files in the run folder, so that each reads what the one
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,14 +29,14 @@ from models.bundle import (
     verify,
     write_bundle,
 )
-from models.features import Tables
+from models.features import MAX_OUTCOMES, Outcome, Tables
 from models.loading import BACKBONE
 from models.projection import Projections
 from models.scoring_model import ScoringModel
 from models.template import Template
 from training.backbones import Base, made_by_the_run, opened_before_the_run
 from training.config import TINY
-from training.counts import counts_by_id
+from training.counts import LIVE, counts_by_id, row_outcomes
 from training.data.dataset import Dataset
 from training.data.history import Histories, build_histories
 from training.evaluate import Scorer, cold_rows, score_split
@@ -107,7 +107,10 @@ def fit(
     if run.is_main:
         scorer = _scorer(run, prepared, histories, collab, tables, projections)
         with run.progress("scoring valid", dataset.splits["valid"].height, unit="row") as progress:
-            scored = score_split(scorer, dataset, histories, "valid", run.config.max_tokens, progress.count)
+            outcomes = row_outcomes(dataset, "valid", LIVE, scorer.tables)
+            scored = score_split(
+                scorer, dataset, histories, "valid", run.config.max_tokens, progress.count, outcomes=outcomes
+            )
         fitted = fit_and_judge(scored, dataset, histories, scorer.tables, run.config.seed)
         report |= fitted.report
         _write(run, out, prepared, scorer, projections, fitted, dataset, report)
@@ -169,7 +172,7 @@ def _scorer(
     projections: Projections,
 ) -> Scorer:
     """Put the trained parts together as the bundle will hold them."""
-    items = prepared.examples.dataset.items
+    items, splits = prepared.examples.dataset.items, prepared.examples.dataset.splits
     size = run.config.template.max_history
     liked = [histories.positives_of(code) for code in range(len(histories.user_ids))]
     times = [histories.times_of(code) for code in range(len(histories.user_ids))]
@@ -183,8 +186,10 @@ def _scorer(
         histories=[tuple(item_ids[row] for row in rows[max(0, len(rows) - size) :]) for rows in liked],
         history_times=[tuple(rows[max(0, len(rows) - size) :].tolist()) for rows in times],
         history_totals=[len(rows) for rows in liked],
-        user_counts_U2=_counts(prepared.examples.dataset, "user_id", histories.user_ids),
-        item_counts_I2=_counts(prepared.examples.dataset, "item_id", items["item_id"]),
+        outcomes=_outcomes(splits["valid"], histories.user_ids),
+        train_impressions_U=_counts([splits["train"]], "user_id", histories.user_ids)[:, 0],
+        user_counts_U2=_counts(splits.values(), "user_id", histories.user_ids),
+        item_counts_I2=_counts(splits.values(), "item_id", items["item_id"]),
         user_vectors_UC=tables["user_vectors"].numpy(),
         item_vectors_IC=tables["item_vectors"].numpy(),
         fold_vectors_IC=collab.item_vectors_IC.numpy(),
@@ -201,11 +206,24 @@ def _latest(dataset: Dataset) -> float:
     return float(times["timestamp"].to_numpy().max())
 
 
-def _counts(dataset: Dataset, column: str, ids: pl.Series) -> np.ndarray:
-    """Return impressions and positives of each user or item over all rows, `(ids, 2)` int64."""
-    counted = counts_by_id(pl.concat(frame.select(column, "label") for frame in dataset.splits.values()), column)
+def _counts(frames: Iterable[pl.DataFrame], column: str, ids: pl.Series) -> np.ndarray:
+    """Return impressions and positives of each user or item over all rows of some splits, `(ids, 2)` int64."""
+    counted = counts_by_id(pl.concat(frame.select(column, "label") for frame in frames), column)
     joined = ids.alias(column).to_frame().join(counted, on=column, how="left", maintain_order="left")
     return joined.select("impressions", "positives").fill_null(0).to_numpy()
+
+
+def _outcomes(valid: pl.DataFrame, user_ids: pl.Series) -> list[tuple[Outcome, ...]]:
+    """Return the newest outcomes of each user in valid, oldest first."""
+    newest = (
+        valid.sort("timestamp", maintain_order=True)
+        .group_by("user_id", maintain_order=True)
+        .tail(MAX_OUTCOMES)
+        .group_by("user_id", maintain_order=True)
+        .agg("item_id", pl.col("label") > 0)
+    )
+    found = {user_id: tuple(map(Outcome, items, labels)) for user_id, items, labels in newest.iter_rows()}
+    return [found.get(one, ()) for one in user_ids]
 
 
 def _write(
@@ -273,6 +291,13 @@ def _write_tables(folder: Path, tables: Tables) -> None:
             "history": pl.Series([list(one) for one in tables.histories], dtype=pl.List(pl.String)),
             "history_times": pl.Series([list(one) for one in tables.history_times], dtype=pl.List(pl.Float64)),
             "history_total": pl.Series(tables.history_totals, dtype=pl.Int64),
+            "outcome_items": pl.Series(
+                [[one.item_id for one in told] for told in tables.outcomes], dtype=pl.List(pl.String)
+            ),
+            "outcome_labels": pl.Series(
+                [[one.positive for one in told] for told in tables.outcomes], dtype=pl.List(pl.Boolean)
+            ),
+            "train_impressions": tables.train_impressions_U,
             "impressions": tables.user_counts_U2[:, 0],
             "positives": tables.user_counts_U2[:, 1],
         }
@@ -305,9 +330,14 @@ def _write_tables(folder: Path, tables: Tables) -> None:
         ),
         folder / "semantic.safetensors",
     )
-    (folder / "fold_in.json").write_text(
-        json.dumps({"target": tables.prior.target, "noise": tables.prior.noise}, indent=2) + "\n"
-    )
+    prior = tables.prior
+    fold_in = {
+        "target": prior.target,
+        "noise": prior.noise,
+        "outcome_noise": prior.outcome_noise,
+        "strength": prior.strength,
+    }
+    (folder / "fold_in.json").write_text(json.dumps(fold_in, indent=2) + "\n")
 
 
 def _tensors(**arrays: np.ndarray) -> dict[str, Tensor]:

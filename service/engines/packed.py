@@ -140,9 +140,8 @@ class PackedModel:
         """
         sizes = self._bundle.manifest.dimensions
         template = Template(self._bundle.manifest.template, self._model.backbone.encoder)
-        prior = UserPrior(
-            np.zeros(sizes.d_collab, np.float32), np.eye(sizes.d_collab, dtype=np.float32), target=1.0, noise=1.0
-        )
+        width = sizes.d_collab
+        prior = UserPrior(np.zeros(width, np.float32), np.eye(width, dtype=np.float32), 1.0, 1.0, 1.0, 1.0)
         assembler = Assembler(template, prior)
         title = "A title to warm up with"
         [semantic] = self.distil([[template.distil(assembler.title(title))]])

@@ -1,9 +1,9 @@
 """Users, items and live histories from Redis: one round trip a look-up.
 
 A look-up sends one script and one MGET at once. The script returns all that must be read at one moment: whether Redis
-holds the whole bundle, the users, the deletions, the likes, the live counts, and the beginnings of the records of items
-in histories. The MGET returns the candidates that this process does not hold. The script makes keys out of what it
-reads, so this needs one Redis or a replicated one, not a cluster.
+holds the whole bundle, the users, the deletions, the likes, the outcomes, the live counts, and the beginnings of the
+records of items in histories. The MGET returns the candidates that this process does not hold. The script makes keys
+out of what it reads, so this needs one Redis or a replicated one, not a cluster.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +20,15 @@ from models.features import HistoryItem, UserFeatures
 from models.fusion import Counts
 from service.features.cache import ItemCache
 from service.features.codec import Codec, RecordError
-from service.features.keys import DELETED, LIKES, BundleKeys
+from service.features.keys import DELETED, LIKES, OUTCOMES, BundleKeys
 from service.features.protocol import Features, Query, StoreHealth
 from service.interactions.counts import NOTHING_COUNTED, Counted
-from service.interactions.live import Like, LiveUser
+from service.interactions.live import NAME_DIGITS, KnownOutcome, Like, LiveUser
 from service.metrics.store import FallbackReason
 
-# KEYS: meta, deletions, prefixes of likes, items, users and tables of counts. ARGV: the bundle's id, d_collab, the
-# number of users; for each user the id and 1 if the stored history is wanted; then the items whose counts are wanted.
-# The offsets are the codec's.
+# KEYS: meta, deletions, prefixes of likes, items, users, tables of counts, outcomes. ARGV: the bundle's id, d_collab,
+# the number of users; for each user the id and 1 if the stored history is wanted; then the items whose counts are
+# wanted. The offsets are the codec's.
 _LOOK_UP = """
 local meta = redis.call('HMGET', KEYS[1], 'bundle_id', 'complete', 'counts')
 if meta[1] ~= ARGV[1] or meta[2] ~= '1' then return {0} end
@@ -79,7 +79,8 @@ for place = 4, behind, 2 do
     likes = redis.call('ZRANGE', KEYS[3] .. id, 0, -1, 'WITHSCORES')
     for one = 1, #likes, 2 do want(string.match(likes[one], '([^%z]*)$')) end
   end
-  users[#users + 1] = {record, deleted, likes, counts(':u:', id)}
+  local outcomes = redis.call('ZRANGE', KEYS[7] .. id, 0, -1, 'WITHSCORES')
+  users[#users + 1] = {record, deleted, likes, counts(':u:', id), outcomes}
 end
 for place = behind + 1, #ARGV do counted[#counted + 1] = counts(':i:', ARGV[place]) end
 return {1, users, items, counted, meta[3]}
@@ -130,7 +131,7 @@ class RedisStore:
             users, live = self._users(user_ids, query.histories_of, told[1])
             counted = NOTHING_COUNTED  # a bundle that was published without a table of counts
             if told[4] is not None:
-                users_told = [counts for *_, counts in told[1]]
+                users_told = [counts for *_, counts, _ in told[1]]
                 counted = Counted(True, counts_told(user_ids, users_told), counts_told(counts_of, told[3]))
             return Features(users, items, live, self._history_items(told[2]), counted)
 
@@ -152,8 +153,8 @@ class RedisStore:
         async with self._client.pipeline(transaction=False) as pipe:
             pipe.evalsha(
                 _SHA,
-                6,
-                *(keys.meta, DELETED, LIKES, keys.items, keys.users, keys.counts),
+                7,
+                *(keys.meta, DELETED, LIKES, keys.items, keys.users, keys.counts, OUTCOMES),
                 *(self.bundle_id, self._codec.d_collab, len(user_ids), *asked, *counts_of),
             )
             if item_ids:
@@ -167,11 +168,13 @@ class RedisStore:
     ) -> tuple[dict[str, UserFeatures], dict[str, LiveUser]]:
         users: dict[str, UserFeatures] = {}
         live: dict[str, LiveUser] = {}
-        for user_id, (record, deleted, likes, _) in zip(user_ids, told, strict=True):
+        for user_id, (record, deleted, likes, _, outcomes) in zip(user_ids, told, strict=True):
             if record is not None:
                 users[user_id] = self._codec.decode_user(user_id, record)
-            if deleted is not None or user_id in histories_of:
-                live[user_id] = LiveUser(_likes(likes), None if deleted is None else float(deleted))
+            if deleted is not None or outcomes or user_id in histories_of:
+                live[user_id] = LiveUser(
+                    _likes(likes), None if deleted is None else float(deleted), _outcomes(outcomes)
+                )
         return users, live
 
     def _history_items(self, told: Sequence[bytes]) -> Mapping[str, HistoryItem]:
@@ -240,3 +243,12 @@ def _likes(told: Sequence[bytes]) -> tuple[Like, ...]:
         event_id, _, item_id = member.decode().rpartition("\0")
         likes.append(Like(float(time_), event_id, item_id))
     return tuple(sorted(likes))
+
+
+def _outcomes(told: Sequence[bytes]) -> tuple[KnownOutcome, ...]:
+    outcomes = []
+    for member, shown in zip(told[::2], told[1::2], strict=True):
+        text = member.decode()
+        name, positive, item_id = text[:NAME_DIGITS], text.startswith("y", NAME_DIGITS), text[NAME_DIGITS + 1 :]
+        outcomes.append(KnownOutcome(float(shown), name, item_id, positive))
+    return tuple(outcomes)

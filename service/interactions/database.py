@@ -48,7 +48,6 @@ CREATE TABLE impressions (
     like_event_id TEXT
 ) WITHOUT ROWID;
 CREATE INDEX impressions_due ON impressions (due) WHERE state = 0;
-CREATE INDEX impressions_user ON impressions (user_id);
 CREATE TABLE likes (
     user_id TEXT NOT NULL,
     timestamp REAL NOT NULL,
@@ -65,6 +64,8 @@ CREATE TABLE counts (
 ) WITHOUT ROWID;
 CREATE TABLE deletions (user_id TEXT PRIMARY KEY, deleted_at REAL NOT NULL) WITHOUT ROWID;
 """
+# The newest outcomes of a user are read on every request. A log of an earlier version gets the index when it is opened.
+_SHOWN_INDEX = "CREATE INDEX IF NOT EXISTS impressions_shown ON impressions (user_id, shown)"
 
 
 class LogFileError(Exception):
@@ -115,6 +116,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA secure_delete = ON")
         if _pragma(connection, "application_id") == 0:
             _create(connection)
+        connection.execute(_SHOWN_INDEX)
     except sqlite3.OperationalError:
         connection.close()
         raise

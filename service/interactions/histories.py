@@ -1,27 +1,36 @@
-"""The history to score with: the bundle's, and the likes that came since.
+"""The history to score with: the bundle's, and the likes that came since. And the outcomes of impressions since.
 
 The rules. A like that the bundle has already (the same item at the same time: the bundle was trained on an export of
 the log) is not doubled. Every other like stands where its time says, after stored ones of the same time. One that is
 older than the stored tail begins the history if the tail is the whole of it; if there was more before the tail, that
 like may be counted in the stored total already, and no window reaches that far: it is left out. The total grows by what
-was inserted. Of a deleted user the bundle's part is not used, and of the likes those after the deletion alone.
+was inserted. Of a deleted user the bundle's part is not used, and of likes and outcomes those after the deletion alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from models.features import UserFeatures
-from service.interactions.live import Like, LiveUser
+from models.features import MAX_OUTCOMES, UserFeatures
+from service.interactions.live import KnownOutcome, Like, LiveUser
 
 NOBODY = LiveUser()
 
 
 @dataclass(frozen=True, slots=True)
 class MergedUser:
-    """A user to score with, None for one that nothing is known of; and how many live likes are in the history."""
+    """A user to score with.
+
+    Attributes:
+        features: None for a user of whom nothing is known.
+        likes: how many live likes are in the history.
+        outcomes: the newest live outcomes, oldest first.
+        deleted: whether the user was deleted, so that the bundle's outcomes must not be used.
+    """
 
     features: UserFeatures | None
     likes: int
+    outcomes: tuple[KnownOutcome, ...] = ()
+    deleted: bool = False
 
 
 def merge_all(
@@ -35,16 +44,33 @@ def merge_all(
 
 
 def united(*live: LiveUser) -> LiveUser:
-    """Return what several sources know of one user: each event once, the latest deletion."""
+    """Return what several sources know of one user: each event and impression once, the latest deletion."""
     if len(live) == 1:
         return live[0]
     likes = {like.event_id: like for one in live for like in one.likes}
-    deleted = [one.deleted_at for one in live if one.deleted_at is not None]
-    return LiveUser(tuple(sorted(likes.values())), max(deleted, default=None))
+    deleted_at = max((one.deleted_at for one in live if one.deleted_at is not None), default=None)
+    impressions: dict[str, KnownOutcome] = {}
+    for outcome in (outcome for one in live for outcome in since_deletion(one.outcomes, deleted_at)):
+        other = impressions.get(outcome.impression, outcome)
+        # A positive is final, and the earliest time of an impression is when it was shown.
+        impressions[outcome.impression] = outcome._replace(
+            shown=min(outcome.shown, other.shown), positive=outcome.positive or other.positive
+        )
+    return LiveUser(tuple(sorted(likes.values())), deleted_at, tuple(sorted(impressions.values()))[-MAX_OUTCOMES:])
+
+
+def since_deletion(outcomes: Iterable[KnownOutcome], deleted_at: float | None) -> tuple[KnownOutcome, ...]:
+    """Return the outcomes of impressions shown after a user's deletion; all of a user who was not deleted."""
+    return tuple(one for one in outcomes if deleted_at is None or one.shown > deleted_at)
 
 
 def merged(user_id: str, stored: UserFeatures | None, live: LiveUser) -> MergedUser:
     """Return the user to score with, by the rules above."""
+    features, likes = _with_likes(user_id, stored, live)
+    return MergedUser(features, likes, since_deletion(live.outcomes, live.deleted_at), live.deleted_at is not None)
+
+
+def _with_likes(user_id: str, stored: UserFeatures | None, live: LiveUser) -> tuple[UserFeatures | None, int]:
     likes = live.likes
     if live.deleted_at is not None:
         stored = None
@@ -52,7 +78,7 @@ def merged(user_id: str, stored: UserFeatures | None, live: LiveUser) -> MergedU
     if stored is None:
         stored = UserFeatures(user_id, None, (), (), 0)
         if not likes:
-            return MergedUser(None, 0)
+            return None, 0
     known = set(zip(stored.history, stored.history_times, strict=True))
     new = [like for like in likes if (like.item_id, like.timestamp) not in known]
     places = [(_place(like, stored.history_times), like) for like in new]
@@ -62,10 +88,10 @@ def merged(user_id: str, stored: UserFeatures | None, live: LiveUser) -> MergedU
         begin = stored.history_times[0] if stored.history_times else float("inf")
         places = [(place, like) for place, like in places if place > 0 and like.timestamp > begin]
     if not places:
-        return MergedUser(stored, 0)
+        return stored, 0
     history, times = _inserted(stored, places)
     total = stored.history_total + len(places)
-    return MergedUser(UserFeatures(user_id, stored.vector_C, history, times, total, stored.counts), len(places))
+    return UserFeatures(user_id, stored.vector_C, history, times, total, stored.counts), len(places)
 
 
 def _place(like: Like, times: tuple[float, ...]) -> int:

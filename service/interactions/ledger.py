@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from models.features import MAX_OUTCOMES
 from models.fusion import Counts
 from service.interactions.counts import NEGATIVE, PENDING, POSITIVE, Change, Forgotten, LogChange, Standing
 from service.interactions.event import EntryKind, Interaction, LogEntry
-from service.interactions.live import MAX_LIKES, Like, LiveUser
+from service.interactions.live import MAX_LIKES, KnownOutcome, Like, LiveUser, impression_name
 from service.interactions.shared import Impression
 
 Verdict = Literal["accepted", "duplicate", "forgotten"]
@@ -159,7 +160,7 @@ class Ledger:
         return dict(self._db.execute("SELECT user_id, deleted_at FROM deletions"))
 
     def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
-        """Return likes and deletion of those users of whom there is either."""
+        """Return likes, outcomes and deletion of those users of whom there are any."""
         found = {}
         for user_id in user_ids:
             likes = tuple(
@@ -170,9 +171,22 @@ class Ledger:
                 )
             )
             deleted_at = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", user_id)
-            if likes or deleted_at is not None:
-                found[user_id] = LiveUser(likes, deleted_at)
+            outcomes = self._outcomes(user_id)
+            if likes or outcomes or deleted_at is not None:
+                found[user_id] = LiveUser(likes, deleted_at, outcomes)
         return found
+
+    def _outcomes(self, user_id: str) -> tuple[KnownOutcome, ...]:
+        """Return the newest impressions of a user with a known outcome, oldest first."""
+        newest = self._db.execute(
+            f"SELECT shown, impression_id, item_id, state FROM impressions WHERE user_id = ? AND state > {PENDING}"
+            " ORDER BY shown DESC, impression_id DESC LIMIT ?",
+            (user_id, MAX_OUTCOMES),
+        ).fetchall()
+        return tuple(
+            KnownOutcome(shown, impression_name(impression_id), item_id, state == POSITIVE)
+            for shown, impression_id, item_id, state in reversed(newest)
+        )
 
     def counts(self, of: CountOf, ids: Iterable[str]) -> dict[str, Counts]:
         """Return the counts of users or items; those never counted are missing."""

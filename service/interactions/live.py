@@ -1,6 +1,8 @@
 """What interactions say of a user beyond the bundle."""
 
 from dataclasses import dataclass
+from hashlib import sha1
+from typing import NamedTuple
 
 # Likes kept ready for a prompt, the newest: several windows of the paper's ten. More would never be read.
 MAX_LIKES = 100
@@ -15,12 +17,31 @@ class Like:
     item_id: str
 
 
+NAME_DIGITS = 16  # hex digits that tell one user's latest impressions apart
+
+
+def impression_name(impression_id: str) -> str:
+    """Return a short name of an impression, the same at every server: the beginning of the sha1 of its id, in hex."""
+    return sha1(impression_id.encode(), usedforsecurity=False).hexdigest()[:NAME_DIGITS]
+
+
+class KnownOutcome(NamedTuple):
+    """An impression with a known outcome, in the order in which items were shown."""
+
+    shown: float  # UTC seconds, the client's
+    impression: str  # `impression_name` of its id
+    item_id: str
+    positive: bool
+
+
 @dataclass(frozen=True, slots=True)
 class LiveUser:
-    """A user's newest likes since the bundle, oldest first, and when the user was deleted, if ever.
+    """A user's newest likes and outcomes, oldest first, and when the user was deleted, if ever.
 
-    What the user did up to `deleted_at` (UTC seconds) is forgotten, the bundle's part included.
+    What the user did up to `deleted_at` (UTC seconds) is forgotten, the bundle's part included. `outcomes` are at most
+    `MAX_OUTCOMES`; they may reach back to before the end of a bundle's own counts.
     """
 
     likes: tuple[Like, ...] = ()
     deleted_at: float | None = None
+    outcomes: tuple[KnownOutcome, ...] = ()

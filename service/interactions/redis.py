@@ -1,4 +1,4 @@
-"""Interactions that several servers share, in Redis: likes, counts and deletions.
+"""Interactions that several servers share, in Redis: likes, outcomes, counts and deletions.
 
 Every step says what shall be, not what shall be added, so that what comes twice, late or from another server changes
 nothing. The rules are those of each server's own log: an impression has one like, its earliest positive event.
@@ -10,6 +10,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from models.features import MAX_OUTCOMES
 from service.features.keys import (
     APPLIED,
     BUNDLE_DIGITS,
@@ -17,12 +18,13 @@ from service.features.keys import (
     DELETED,
     IMPRESSION,
     LIKES,
+    OUTCOMES,
     BundleKeys,
 )
 from service.features.redis import counts_told
 from service.interactions.counts import Counted
 from service.interactions.event import LogEntry
-from service.interactions.live import MAX_LIKES
+from service.interactions.live import MAX_LIKES, NAME_DIGITS
 from service.interactions.shared import CountTable, Impression, SharedStoreError
 
 # The beginning of all three scripts. KEYS[2], KEYS[3]: deletions, bundles. ARGV: log id, seconds to keep keys, digits
@@ -78,19 +80,23 @@ local function before_deletion(user, moment)
 end
 """
 
-# KEYS: applied, deletions, bundles. ARGV from the fifth on: last seq, likes kept, prefix of likes, the last seq that
-# must be applied already (empty: any), then seven an entry: kind, event, user, item, label (empty, 0 or 1), time,
-# impression.
+# KEYS: applied, deletions, bundles. ARGV from the fifth on: last seq, likes kept, prefix of likes, outcomes kept,
+# prefix of outcomes, digits of an impression's name, the last seq that must be applied already (empty: any), then seven
+# an entry: kind, event, user, item, label (empty, 0 or 1), time, impression.
+#
+# A member of a user's outcomes is the impression's name, its state (n or y) and the item.
 _APPLY = (
     _IMPRESSIONS
     + """
 local kept, likes = tonumber(ARGV[6]), ARGV[7]
+local outcomes_kept, outcomes, name_digits = tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
 
 local function forget(user, moment)
   local before = redis.call('HGET', KEYS[2], user)
   if before and tonumber(before) >= tonumber(moment) then return end
   redis.call('HSET', KEYS[2], user, moment)
   redis.call('ZREMRANGEBYSCORE', likes .. user, '-inf', moment)
+  redis.call('ZREMRANGEBYSCORE', outcomes .. user, '-inf', moment)
   for _, prefix in ipairs(bundles) do redis.call('DEL', prefix .. 'u:' .. user) end
   for _, counts in ipairs(tables) do redis.call('DEL', counts.prefix .. ':u:' .. user) end
 end
@@ -107,6 +113,15 @@ local function like(user, item, event, moment, old)
   redis.call('ZREMRANGEBYRANK', key, 0, -1 - kept)
   redis.call('EXPIRE', key, retention)
   return moment .. ' ' .. event
+end
+
+local function outcome(user, item, one, name)
+  if one.state == 'p' or before_deletion(user, one.shown) then return end
+  local key = outcomes .. user
+  if one.state == 'y' then redis.call('ZREM', key, name .. 'n' .. item) end
+  redis.call('ZADD', key, one.shown, name .. one.state .. item)
+  redis.call('ZREMRANGEBYRANK', key, 0, -1 - outcomes_kept)
+  redis.call('EXPIRE', key, retention)
 end
 
 local function count(user, item, one, was, anew)
@@ -127,7 +142,8 @@ end
 
 local function advance(kind, event, user, item, label, moment, impression)
   if before_deletion(user, moment) then return end
-  local key = impressions .. redis.sha1hex(impression)
+  local hash = redis.sha1hex(impression)
+  local key = impressions .. hash
   local one = read(key) or {state = 'p', latest = moment, shown = moment, counted = {}, like = ''}
   local was, anew = one.state, false
   if before_deletion(user, one.latest) then
@@ -140,14 +156,15 @@ local function advance(kind, event, user, item, label, moment, impression)
   if label == '1' then one.state = 'y'
   elseif (label == '0' or kind == 'expiry') and one.state == 'p' then one.state = 'n' end
   if label == '1' then one.like = like(user, item, event, moment, one.like) end
+  outcome(user, item, one, string.sub(hash, 1, name_digits))
   count(user, item, one, was, anew)
   write(key, one, 'EX', retention)
 end
 
-if ARGV[8] ~= '' and (redis.call('HGET', KEYS[1], ARGV[1]) or '0') ~= ARGV[8] then
+if ARGV[11] ~= '' and (redis.call('HGET', KEYS[1], ARGV[1]) or '0') ~= ARGV[11] then
   return redis.error_reply('ELSEWHERE the log has been applied to another place since')
 end
-for place = 9, #ARGV, 7 do
+for place = 12, #ARGV, 7 do
   local kind = ARGV[place]
   if kind == 'deletion' then forget(ARGV[place + 2], ARGV[place + 5])
   else advance(kind, unpack(ARGV, place + 1, place + 6)) end
@@ -203,8 +220,8 @@ _KEYS = (APPLIED, DELETED, BUNDLES)
 class RedisInteractions:
     """`SharedInteractions` in Redis. The client is the process's.
 
-    Likes, counts and the states of impressions are kept `retention_s` after the last change; the log's own retention,
-    so that nothing that is replayed can be counted a second time. Deletions are kept for good.
+    Likes, outcomes, counts and the states of impressions are kept `retention_s` after the last change; the log's own
+    retention, so that nothing that is replayed can be counted a second time. Deletions are kept for good.
     """
 
     def __init__(self, client: Redis, retention_s: float) -> None:
@@ -231,7 +248,8 @@ class RedisInteractions:
         """
         if not entries:
             return
-        told = (entries[-1].seq, MAX_LIKES, LIKES, "" if after is None else after)
+        kept = (MAX_LIKES, LIKES, MAX_OUTCOMES, OUTCOMES, NAME_DIGITS)
+        told = (entries[-1].seq, *kept, "" if after is None else after)
         arguments = [part for entry in entries for part in _fields(entry)]
         try:
             await self._apply(_KEYS, [*self._common(log_id), *told, *arguments])

@@ -1,4 +1,4 @@
-"""What several servers share of interactions: likes, counts and deletions, rebuilt from each server's log."""
+"""What several servers share of interactions: likes, outcomes, counts and deletions, rebuilt from each server's log."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from models.assembly import Assembler, history_window
-from models.features import ItemFeatures, Tables
+from models.features import ItemFeatures, Outcome, Tables
 
 
 def features(tables: Tables, *ids: str) -> list[ItemFeatures]:
@@ -26,6 +26,25 @@ def test_a_user_without_training_is_folded_in_from_what_the_prompt_shows(assembl
     assert unknown.cold and cold.cold
     np.testing.assert_array_equal(unknown.vector_C, expected)
     np.testing.assert_array_equal(cold.vector_C, expected)
+
+
+def test_outcomes_update_the_live_vector_alone(assembler: Assembler, tables: Tables) -> None:
+    known = [Outcome("i3", True), Outcome("i5", False), Outcome("not in the catalogue", True)]
+    window = features(tables, "i3", "i4")
+    for user_id in ("u1", "u18"):
+        user = assembler.user(tables.user(user_id), window, 2)
+        np.testing.assert_array_equal(user.live_C, user.vector_C)
+        evidence = tables.evidence(user_id, known)
+        assert evidence.labels_H.tolist() == [1, 0] and evidence.positives == {"i3"}
+        updated = assembler.updated(user, evidence)
+        np.testing.assert_array_equal(updated.vector_C, user.vector_C)
+        trained_C, seen = (None, 0) if user.cold else (user.vector_C, evidence.impressions)
+        # "i3" is observed once, as the outcome; "i4" is observed as a liked item, for a user without training.
+        vectors = [np.stack([item.fold_C for item in features(tables, *ids)]) for ids in (("i3", "i5"), ("i4",))]
+        expected = assembler.prior.updated(trained_C, seen, vectors[0], np.array([1, 0], np.float32), vectors[1])
+        np.testing.assert_array_equal(updated.live_C, expected)
+        assert np.abs(updated.live_C - user.live_C).max() > 1e-3
+    assert tables.evidence("u1", []).impressions > 0 == tables.evidence("u18", []).impressions
 
 
 def test_the_history_report_adds_up(assembler: Assembler, tables: Tables) -> None:

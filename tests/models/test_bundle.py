@@ -3,6 +3,7 @@ import random
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from models.bundle import MANIFEST, BundleError, read_manifest, verify, write_bundle
@@ -68,6 +69,34 @@ def test_a_backbone_described_otherwise_is_not_the_bundles_own(
     write_bundle(tmp_path / "other", lambda files: bundle.manifest.model_copy(update={"files": files}), fill)
     with pytest.raises(BundleError, match="not those the bundle was trained on"):
         Bundle.open(tmp_path / "other").backbone()
+
+
+@pytest.mark.parametrize(
+    ("items", "labels", "told"),
+    [
+        (["i1", "i2"], [True], "user 'u1' has 2 outcomes and 1 labels"),
+        (["i1", "gone"], [True, False], "outcome of item 'gone', which is not in items.parquet"),
+        (None, None, "column 'outcome_items' is missing; train the bundle again"),
+    ],
+)
+def test_stored_outcomes_that_do_not_fit_the_tables_are_named(
+    bundle: Bundle, tmp_path: Path, items: list[str] | None, labels: list[bool] | None, told: str
+) -> None:
+    def fill(folder: Path) -> None:
+        shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
+        (folder / MANIFEST).unlink()
+        users = pl.read_parquet(folder / "users.parquet")
+        columns = {"outcome_items": items, "outcome_labels": labels}
+        changed = [
+            pl.Series(name, [value if row == 1 else [] for row in range(users.height)], users.schema[name])
+            for name, value in columns.items()
+        ]
+        changed_users = users.drop(columns) if items is None else users.with_columns(changed)
+        changed_users.write_parquet(folder / "users.parquet")
+
+    write_bundle(tmp_path / "other", lambda files: bundle.manifest.model_copy(update={"files": files}), fill)
+    with pytest.raises(BundleError, match=told):
+        Bundle.open(tmp_path / "other").tables()
 
 
 def test_a_missing_a_shortened_and_a_foreign_file_are_named(copied: Path) -> None:

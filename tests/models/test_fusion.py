@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.fusion import INPUTS, PARTS, SIGNED, Fusion, Known, Rates, Weight, Weights, raw_logits
+from models.fusion import INPUTS, PARTS, SIGNED, Fusion, Known, Rates, Weight, Weights, fusion_inputs, raw_logits
 
 one_set = st.builds(
     lambda values, intercept: Weights(
@@ -35,6 +35,7 @@ def pair(user: tuple[int, int], item: tuple[int, int], lm: float = 0.3, *, live:
     return Known(
         lm_K=np.array([lm]),
         user_KC=rng.normal(size=(1, 6)).astype(np.float32),
+        live_user_KC=rng.normal(size=(1, 6)).astype(np.float32),
         item_KC=rng.normal(size=(1, 6)).astype(np.float32),
         user_impressions_K=np.array([seen]),
         user_positives_K=np.array([liked]),
@@ -87,6 +88,15 @@ def test_static_and_live_counts_are_scored_by_their_own_weights() -> None:
     assert fusion.logits(pair((3, 1), (5, 4), 0.3, live=False))[0] == pytest.approx(0.1 + 2 * 0.3)
     assert fusion.logits(pair((3, 1), (5, 4), 0.3))[0] == pytest.approx(0.5 + 3 * 0.3)
     assert Fusion.model_validate_json(fusion.model_dump_json()) == fusion
+
+
+def test_live_counts_take_the_users_bias_and_taste_from_the_live_vector() -> None:
+    for live, name in ((True, "live_user_KC"), (False, "user_KC")):
+        known = pair((3, 1), (5, 4), live=live)
+        inputs, user_C = fusion_inputs(known, Rates()), getattr(known, name)[0].astype(float)
+        assert inputs["user_bias"][0] == pytest.approx(user_C[-2])
+        assert inputs["taste"][0] == pytest.approx(user_C[:-2] @ known.item_KC[0, :-2])
+        assert inputs["item_bias"][0] == pytest.approx(known.item_KC[0, -1])
 
 
 def test_chosen_rows_keep_everything_that_is_known_of_them() -> None:

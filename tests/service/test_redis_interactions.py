@@ -4,13 +4,14 @@ from collections.abc import Sequence
 import pytest
 from redis.asyncio import Redis
 
+from models.features import MAX_OUTCOMES
 from models.fusion import Counts
 from models.loading import Bundle
 from service.features.keys import APPLIED, DELETED, BundleKeys
 from service.features.protocol import Query
 from service.interactions.counts import Counted
 from service.interactions.event import EntryKind, Interaction, LogEntry
-from service.interactions.live import MAX_LIKES, LiveUser
+from service.interactions.live import MAX_LIKES, KnownOutcome, LiveUser, impression_name
 from service.interactions.redis import RedisInteractions
 from service.interactions.shared import Impression, SharedStoreError
 from service.metrics.registry import Metrics
@@ -119,6 +120,46 @@ async def test_the_newest_likes_are_kept(
     assert [like.event_id for like in likes] == [f"e{seq}" for seq in range(21, MAX_LIKES + 21)]
 
 
+async def test_outcomes_have_the_state_and_time_of_their_impression(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    first = [
+        entry(5, False),
+        entry(6, None, position=1),  # pending: no outcome yet
+        entry(7, False, item="i2", position=2),
+        entry(3, True, item="i3", position=3),
+    ]
+    await shared.apply("log", first)
+    names = {item: impression_name(impression(item, place).impression_id) for place, item in ((0, "i1"), (2, "i2"))}
+    names["i3"] = impression_name(impression("i3", 3).impression_id)
+    i2, i3 = KnownOutcome(NOW + 7, names["i2"], "i2", False), KnownOutcome(NOW + 3, names["i3"], "i3", True)
+    before = (i3, KnownOutcome(NOW + 5, names["i1"], "i1", False), i2)
+    assert (await live(redis_client, bundle)).outcomes == before
+    # A request with a history of its own gets the outcomes, too.
+    asked = Query(frozenset({"u1"}), frozenset(), frozenset())
+    told = (await redis_store(redis_client, bundle, Metrics()).look_up(bundle.id, asked)).live["u1"]
+    assert (told.outcomes, told.likes) == (before, ())
+    # The impression was shown earlier, and its outcome becomes positive.
+    await shared.apply("other", [entry(8, True), entry(1, None)])
+    after = (KnownOutcome(NOW + 1, names["i1"], "i1", True), i3, i2)
+    assert (await live(redis_client, bundle)).outcomes == after
+    await shared.apply("log", first)
+    assert (await live(redis_client, bundle)).outcomes == after
+
+
+async def test_the_newest_outcomes_are_kept(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    await shared.apply("log", [entry(seq, seq % 2 == 0, position=seq) for seq in range(1, MAX_OUTCOMES + 21)])
+    await shared.apply("log", [entry(1, True, position=1)])
+    outcomes = (await live(redis_client, bundle)).outcomes
+    assert [(one.shown, one.positive) for one in outcomes] == [
+        (NOW + seq, seq % 2 == 0) for seq in range(21, MAX_OUTCOMES + 21)
+    ]
+
+
 async def test_a_deletion_leaves_the_tombstone_alone_and_what_was_before_it_stays_out(
     redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
 ) -> None:
@@ -133,9 +174,18 @@ async def test_a_deletion_leaves_the_tombstone_alone_and_what_was_before_it_stay
     await shared.apply("another log", [entry(3, True), entry(2, None, "expiry", position=1)])
     assert await live(redis_client, bundle) == LiveUser((), NOW + 50)
     await shared.apply("log", [entry(51, True)])
-    assert [like.event_id for like in (await live(redis_client, bundle)).likes] == ["e51"]
     await shared.apply("log", [entry(50, None, "deletion")])  # again, as from another server's log
-    assert [like.event_id for like in (await live(redis_client, bundle)).likes] == ["e51"]
+    left = await live(redis_client, bundle)
+    assert [like.event_id for like in left.likes] == ["e51"]
+    assert [(one.shown, one.positive) for one in left.outcomes] == [(NOW + 51, True)]
+
+
+async def test_an_impression_shown_before_a_deletion_is_no_outcome_after_it(
+    redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    await shared.apply("log", [entry(1, None), entry(60, None), entry(50, None, "deletion"), entry(61, True)])
+    assert (await live(redis_client, bundle)).outcomes == ()
 
 
 async def test_everything_but_deletions_ends_some_day(redis: RedisServer, shared: RedisInteractions) -> None:

@@ -71,6 +71,7 @@ class Reference:
         known = Known(
             lm_K=np.array([np.log(raw) - np.log1p(-raw)]),
             user_KC=user_C[None],
+            live_user_KC=user_C[None],
             item_KC=item.collab_C[None],
             user_impressions_K=np.array([of_user.impressions]),
             user_positives_K=np.array([of_user.positives]),

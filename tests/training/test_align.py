@@ -7,10 +7,12 @@ import polars as pl
 import pytest
 import torch
 
+from models.cold import UserPrior
 from models.projection import CollabProjection
 from models.template import Template, TemplateConfig
 from models.tokens import TextEncoder
 from tests.tiny import tiny_tokenizer
+from tests.training.micro import MICRO
 from training import start
 from training.config import Config
 from training.data.dataset import Dataset
@@ -19,7 +21,14 @@ from training.data.synthetic import SyntheticConfig, draw_tables, plant
 from training.examples import Examples
 from training.metrics import auc
 from training.run import Run, read_tensors
-from training.stages.align import Collab, align, align_loss, fit_prior
+from training.stages.align import (
+    Collab,
+    align,
+    align_loss,
+    errors_without_own_label,
+    fit_prior,
+    with_outcomes,
+)
 from training.stages.project import collab_predictions
 
 Runs = Callable[..., Run]
@@ -160,7 +169,8 @@ def test_a_finished_stage_is_taken_as_it_is(
     again = align(new_run(tmp_path), examples, semantic_vectors)
     assert (tmp_path / "align_result.safetensors").read_bytes() == written
     assert torch.equal(first.item_vectors_IC, again.item_vectors_IC)
-    assert (first.prior.target, first.prior.noise) == (again.prior.target, again.prior.noise)
+    for name in ("target", "noise", "outcome_noise", "strength"):
+        assert getattr(first.prior, name) == getattr(again.prior, name)
 
 
 def test_two_runs_are_bit_equal_with_two_threads(
@@ -237,3 +247,36 @@ def test_a_history_that_tells_taste_is_believed_and_one_that_tells_nothing_is_no
         fitted[taste] = fit_prior(examples, examples.targets("train", 1), users_UC, items_IC, everyone)
     assert (fitted[True].target, fitted[True].noise) == (1.0, 0.3)
     assert fitted[False].target == 0.5
+
+
+def test_after_as_many_outcomes_as_the_strength_half_of_a_predictions_variance_is_left() -> None:
+    rng = np.random.default_rng(0)
+    width, noise = 4, 2.0
+    covariance = np.diag([0.1] * width + [0.0]).astype(np.float32)
+    items = np.concatenate([rng.normal(0, 0.5, (2000, width)), np.ones((2000, 1))], 1).astype(np.float32)
+    errors = rng.normal(0, noise**0.5, 20_000)
+    nobody = UserPrior(np.zeros(width + 1, np.float32), covariance, 0.7, 0.3, 1.0, 1.0)
+    fitted = with_outcomes(nobody, items, errors, np.ones(20_000, np.float32))
+    assert fitted.outcome_noise == pytest.approx(noise, rel=0.03)
+    seen = items[: round(fitted.strength)]
+    gain = covariance @ seen.T @ np.linalg.inv(seen @ covariance @ seen.T + noise * np.eye(len(seen)))
+    left = covariance - gain @ seen @ covariance
+    shares = [np.einsum("ic,cd,id->", items, one, items) for one in (left, covariance)]
+    assert shares[0] / shares[1] == pytest.approx(0.5, abs=0.07)
+
+
+def test_rows_that_count_more_weigh_more_in_the_noise_and_users_who_do_not_differ_are_no_error() -> None:
+    nobody = UserPrior(np.zeros(2, np.float32), np.zeros((2, 2), np.float32), 0.7, 0.3, 1.0, 1.0)
+    items = np.ones((3, 2), np.float32)
+    fitted = with_outcomes(nobody, items, np.array([0.1, 0.4]), np.array([3.0, 1.0], np.float32))
+    assert fitted.outcome_noise == pytest.approx((3 * 0.01 + 0.16) / 4)
+    exact = with_outcomes(nobody, items, np.zeros(2), np.ones(2, np.float32))
+    assert exact.outcome_noise > 0 and exact.strength > 0
+
+
+def test_the_noise_of_an_outcome_is_of_predictions_that_lack_its_label(collab: Collab, examples: Examples) -> None:
+    train, users_UC, items_IC = examples.targets("train", 1), collab.user_vectors_UC, collab.item_vectors_IC
+    plain_B = train.label_B - (users_UC[train.user_B] * items_IC[train.item_B]).sum(-1).numpy()
+    errors_B = errors_without_own_label(users_UC, items_IC, train, Config.changed_by(MICRO).align)
+    assert (np.abs(errors_B) > np.abs(plain_B)).mean() > 0.95
+    assert collab.prior.outcome_noise == pytest.approx(np.average(errors_B**2, weights=train.weight_B), abs=1e-5)

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
+from models.cold import TextMap, UserPrior
+from models.features import MAX_OUTCOMES, Outcome, Tables
+from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts, row_outcomes
 from training.data.dataset import Dataset
 
 # Few users, items and seconds: most draws hold rows of one second, within a split and across splits.
@@ -63,6 +65,65 @@ def test_live_counts_are_the_rows_strictly_earlier_than_the_delay(
         for one in data.splits[name].iter_rows(named=True)
     ]
     assert columns(row_counts(data, name, Counting(live=True, delay=delay))) == counted(data, name, known)
+
+
+def tables_with(outcomes: dict[str, tuple[Outcome, ...]]) -> Tables:
+    """Tables that hold these outcomes and nothing else."""
+    nothing = np.zeros((len(outcomes), 1), np.float32)
+    ids, zeros = list(outcomes), np.zeros(len(outcomes), np.int64)
+    no_items = np.zeros((0, 1), np.float32)
+    prior = UserPrior(nothing[0], np.eye(1, dtype=np.float32), 1.0, 1.0, 1.0, 1.0)
+    text_map = TextMap(np.zeros(1, np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+    return Tables(
+        ids, [], [], zeros > 0, np.zeros(0, bool), [()] * len(ids), [()] * len(ids), [0] * len(ids),
+        list(outcomes.values()), zeros, np.zeros((len(ids), 2), np.int64), np.zeros((0, 2), np.int64),
+        nothing, no_items, no_items, no_items, prior, text_map,
+    )  # fmt: skip
+
+
+STORED = tables_with({"u0": (Outcome("m2", True), Outcome("m1", False)), "u1": (), "u2": ()})
+
+
+@settings(max_examples=200, deadline=None)
+@given(split, split, split, st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from(["train", "valid", "test"]))
+def test_known_outcomes_are_the_users_rows_of_the_counts_without_train(
+    train: list[tuple[int, int, bool, float]],
+    valid: list[tuple[int, int, bool, float]],
+    test: list[tuple[int, int, bool, float]],
+    delay: float,
+    name: str,
+) -> None:
+    data = dataset(train=train, valid=valid, test=test)
+    counting = Counting(live=True, delay=delay)
+    found = row_outcomes(data, name, counting, STORED)
+    later = [one for part in ("valid", "test") for one in data.splits[part].iter_rows(named=True)]
+    for place, one in enumerate(data.splits[name].iter_rows(named=True)):
+        known = [
+            other
+            for other in sorted(later, key=lambda other: other["timestamp"])
+            if other["user_id"] == one["user_id"] and other["timestamp"] < one["timestamp"] - delay
+        ]
+        assert found.of(place) == tuple(Outcome(other["item_id"], bool(other["label"])) for other in known)
+
+
+def test_static_counts_know_no_outcomes() -> None:
+    rows = [(0, 0, True, 1.0), (0, 1, True, 5.0)]
+    for splits in ({"train": rows, "test": rows}, {"test": rows}):
+        assert row_outcomes(dataset(**splits), "test", STATIC, STORED).of(1) == ()
+
+
+def test_without_train_the_bundles_outcomes_come_first_and_valid_is_among_them() -> None:
+    data = dataset(valid=[(0, 0, True, 1.0)], test=[(0, 0, False, 3.0), (0, 1, True, 5.0), (1, 1, True, 5.0)])
+    found = row_outcomes(data, "test", LIVE, STORED)
+    assert found.of(1) == (Outcome("m2", True), Outcome("m1", False), Outcome("m0", False))
+    assert found.of(2) == ()
+
+
+def test_the_newest_outcomes_are_kept() -> None:
+    rows = [(0, second % 3, second % 2 == 0, float(second)) for second in range(MAX_OUTCOMES + 30)]
+    found = row_outcomes(dataset(test=rows), "test", LIVE, STORED).of(len(rows) - 1)
+    newest = rows[-1 - MAX_OUTCOMES : -1]
+    assert found == tuple(Outcome(f"m{item}", label) for _, item, label, _ in newest)
 
 
 @settings(max_examples=100, deadline=None)

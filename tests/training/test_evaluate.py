@@ -12,7 +12,7 @@ from models.backbone import Backbone
 from models.fusion import Counts
 from models.prompt_tree import TreeModel
 from tests.training.micro import Trained
-from training.counts import LIVE, row_counts
+from training.counts import LIVE, row_counts, row_outcomes
 from training.data.dataset import Dataset, load_dataset
 from training.data.history import Histories, build_histories
 from training.evaluate import Scorer, cold_rows, judge, score_split
@@ -164,7 +164,8 @@ def test_what_is_known_of_a_row_is_what_the_service_assembles(
     scorer: Scorer, dataset: Dataset, histories: Histories, raw_valid: np.ndarray
 ) -> None:
     """Vectors, flags and the language model's logit, row by row, against a prompt assembled for the row alone."""
-    scored = score_split(scorer, dataset, histories, "valid", 2048)
+    outcomes = row_outcomes(dataset, "valid", LIVE, scorer.tables)
+    scored = score_split(scorer, dataset, histories, "valid", 2048, outcomes=outcomes)
     counts = row_counts(dataset, "valid", LIVE)
     known = scored.known(counts, live=True)
     valid = dataset.splits["valid"]
@@ -173,11 +174,22 @@ def test_what_is_known_of_a_row_is_what_the_service_assembles(
         liked = [dataset.items["item_id"][int(one)] for one in histories.history("valid", row)]
         user = scorer.user(scorer.tables.user(valid["user_id"][row]), liked, len(liked))
         assert item is not None
+        user = scorer.assembler.updated(user, scorer.tables.evidence(valid["user_id"][row], outcomes.of(row)))
         group = scorer.assembler.group(user, [item])
         user_counts = Counts(int(counts.user_impressions_B[row]), int(counts.user_positives_B[row]))
         item_counts = Counts(int(counts.item_impressions_B[row]), int(counts.item_positives_B[row]))
         alone = known_pairs(
-            raw_valid[row : row + 1], group, (user_counts, user.cold), [(item_counts, not item.trained)], live=True
+            raw_valid[row : row + 1], group, (user_counts, user), [(item_counts, not item.trained)], live=True
         )
         for name, value in vars(known.rows(slice(row, row + 1))).items():
             np.testing.assert_allclose(value, vars(alone)[name], atol=1e-6, err_msg=name)
+    moved_B = np.abs(known.live_user_KC - known.user_KC).max(axis=1) > 1e-3
+    assert moved_B[known.cold_user_K].any() and moved_B[~known.cold_user_K].any()
+
+
+def test_live_counts_without_the_outcomes_of_the_rows_are_refused(
+    scorer: Scorer, dataset: Dataset, histories: Histories
+) -> None:
+    scored = score_split(scorer, dataset, histories, "valid", 2048)
+    with pytest.raises(ValueError, match="give score_split the outcomes"):
+        scored.known(row_counts(dataset, "valid", LIVE), live=True)

@@ -28,7 +28,7 @@ class World:
     def known(self, counts: RowCounts, *, live: bool = True) -> Known:
         cold = np.zeros(len(self.lm_B), bool)
         return Known(
-            self.lm_B, self.user_BC, self.item_BC, counts.user_impressions_B, counts.user_positives_B,
+            self.lm_B, self.user_BC, self.user_BC, self.item_BC, counts.user_impressions_B, counts.user_positives_B,
             counts.item_impressions_B, counts.item_positives_B, cold, cold, live,
         )  # fmt: skip
 
@@ -137,7 +137,10 @@ def test_a_scorer_loses_nothing_by_cross_fitting_where_users_differ_in_what_they
     drawn = world(lenient, rows=4000, valid=3000)
     nobody = RowCounts(*np.zeros((4, 3000), np.int64))  # nothing is known of a user's level
     known = replace(
-        drawn.known(nobody), user_KC=np.zeros((3000, 3), np.float32), item_KC=np.zeros((3000, 3), np.float32)
+        drawn.known(nobody),
+        user_KC=np.zeros((3000, 3), np.float32),
+        live_user_KC=np.zeros((3000, 3), np.float32),
+        item_KC=np.zeros((3000, 3), np.float32),
     )
     scores_B = cross_fitted(known, drawn.labels_B, drawn.user_B, Rates())
     assert roc_auc_score(drawn.labels_B, scores_B) == pytest.approx(roc_auc_score(drawn.labels_B, drawn.lm_B), abs=1e-4)

@@ -36,7 +36,7 @@ def test_what_is_taken_off_leaves_the_fit_without_the_row(collab: Collab, target
     user = int(np.bincount(targets.user_B).argmax())
     vectors_UC = collab.user_vectors_UC.clone()
     vectors_UC[user] = refitted(collab, targets, user)
-    found = influence(replace(collab, user_vectors_UC=vectors_UC), targets, CONFIG)
+    found = influence(vectors_UC, collab.item_vectors_IC, targets, CONFIG)
     for row in np.flatnonzero(targets.user_B == user):
         wanted_C = refitted(collab, targets, user, without=int(row))
         assert float((wanted_C - vectors_UC[user]).norm()) > 1e-4
@@ -56,13 +56,14 @@ def test_users_and_items_are_treated_alike(collab: Collab, targets: Targets) -> 
     )
     swapped = replace(targets, user_B=targets.item_B, item_B=targets.user_B)
     config = CONFIG.model_copy(update={"user_bias_decay": 2.0, "item_bias_decay": 5.0})
-    ours, theirs = influence(collab, targets, CONFIG), influence(mirrored, swapped, config)
+    ours = influence(collab.user_vectors_UC, collab.item_vectors_IC, targets, CONFIG)
+    theirs = influence(mirrored.user_vectors_UC, mirrored.item_vectors_IC, swapped, config)
     torch.testing.assert_close(ours.item_BC, exchanged(theirs.user_BC))
     torch.testing.assert_close(ours.user_BC, exchanged(theirs.item_BC))
 
 
 def test_a_label_pulls_the_prediction_of_its_row_its_own_way(collab: Collab, targets: Targets) -> None:
-    found = influence(collab, targets, CONFIG)
+    found = influence(collab.user_vectors_UC, collab.item_vectors_IC, targets, CONFIG)
     users_BC, items_BC = collab.user_vectors_UC[targets.user_B], collab.item_vectors_IC[targets.item_B]
     error_B = torch.from_numpy(targets.label_B) - (users_BC * items_BC).sum(-1)
     for change_B in ((found.user_BC * items_BC).sum(-1), (found.item_BC * users_BC).sum(-1)):
@@ -70,16 +71,21 @@ def test_a_label_pulls_the_prediction_of_its_row_its_own_way(collab: Collab, tar
 
 
 def test_the_constants_inside_the_vectors_stay(collab: Collab, targets: Targets) -> None:
-    found = influence(collab, targets, CONFIG)
+    found = influence(collab.user_vectors_UC, collab.item_vectors_IC, targets, CONFIG)
     assert not found.user_BC[:, -1].any() and not found.item_BC[:, -2].any()
 
 
 def test_without_penalties_it_is_finite(collab: Collab, targets: Targets) -> None:
-    found = influence(collab, targets, AlignConfig(factor_decay=0.0, user_bias_decay=0.0, item_bias_decay=0.0))
+    found = influence(
+        collab.user_vectors_UC,
+        collab.item_vectors_IC,
+        targets,
+        AlignConfig(factor_decay=0.0, user_bias_decay=0.0, item_bias_decay=0.0),
+    )
     assert bool(found.user_BC.isfinite().all()) and bool(found.item_BC.isfinite().all())
 
 
 def test_rows_are_picked_in_order(collab: Collab, targets: Targets) -> None:
-    found = influence(collab, targets, CONFIG)
+    found = influence(collab.user_vectors_UC, collab.item_vectors_IC, targets, CONFIG)
     some = found.of(np.array([3, 1], np.int32), torch.device("cpu"))
     assert torch.equal(some.user_BC, found.user_BC[[3, 1]]) and torch.equal(some.item_BC, found.item_BC[[3, 1]])

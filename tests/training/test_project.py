@@ -311,7 +311,7 @@ def test_the_head_starts_without_what_own_labels_did(
 ) -> None:
     """With them, stage 2 is more certain on its own train rows than on other rows."""
     run, train_rows = new_run(tmp_path), examples.targets("train", 16)
-    own_label = influence(collab, train_rows, run.config.align)
+    own_label = influence(collab.user_vectors_UC, collab.item_vectors_IC, train_rows, run.config.align)
     nothing = Influence(torch.zeros_like(own_label.user_BC), torch.zeros_like(own_label.item_BC))
     slope, biased = (initial_head(run, collab, train_rows, one).slope.item() for one in (own_label, nothing))
     assert 0 < slope < biased
@@ -321,7 +321,7 @@ def test_the_head_starts_with_a_positive_slope_whatever_train_holds(
     new_run: Runs, examples: Examples, collab: Collab, tmp_path: Path
 ) -> None:
     run, rows = new_run(tmp_path), examples.targets("train", 16)
-    own_label = influence(collab, rows, run.config.align)
+    own_label = influence(collab.user_vectors_UC, collab.item_vectors_IC, rows, run.config.align)
     one_class = replace(rows, label_B=np.ones_like(rows.label_B))
     against = replace(rows, label_B=1 - rows.label_B)  # stage 2's predictions are worse than chance
     for targets in (one_class, against):
@@ -337,7 +337,9 @@ def test_the_scale_of_the_weights_changes_no_vector(
     users, items = collab.user_vectors_UC.numpy(), collab.item_vectors_IC.numpy()
     ours, theirs = (users_of_labels(users, items, one, config) for one in (rows, tiny))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    ours, theirs = (influence(collab, one, config).user_BC for one in (rows, tiny))
+    ours, theirs = (
+        influence(collab.user_vectors_UC, collab.item_vectors_IC, one, config).user_BC for one in (rows, tiny)
+    )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 

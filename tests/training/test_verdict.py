@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from models.loading import Bundle
 from tests.training.micro import Trained
-from training.counts import LIVE, STATIC, Counting, row_counts
+from training.counts import LIVE, STATIC, Counting, row_counts, row_outcomes
 from training.data.dataset import Dataset, load_dataset
 from training.data.errors import DataError
 from training.data.history import Histories, build_histories
@@ -24,12 +24,14 @@ def whole(trained: Trained) -> Dataset:
 
 @pytest.fixture(scope="module")
 def scored_test(scorer: Scorer, whole: Dataset) -> ScoredSplit:
-    return score_split(scorer, whole, build_histories(whole), "test", 2048)
+    outcomes = row_outcomes(whole, "test", LIVE, scorer.tables)
+    return score_split(scorer, whole, build_histories(whole), "test", 2048, outcomes=outcomes)
 
 
 @pytest.fixture(scope="module")
 def scored_valid(scorer: Scorer, dataset: Dataset, histories: Histories) -> ScoredSplit:
-    return score_split(scorer, dataset, histories, "valid", 2048)
+    outcomes = row_outcomes(dataset, "valid", LIVE, scorer.tables)
+    return score_split(scorer, dataset, histories, "valid", 2048, outcomes=outcomes)
 
 
 def judged(bundle: Bundle, scorer: Scorer, scored: ScoredSplit, data: Dataset, counting: Counting) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def test_live_counts_change_the_score_and_what_is_counted_and_nothing_else(
 def test_without_train_the_bundles_counts_stand_in_and_boosting_is_left_out(
     bundle: Bundle, scorer: Scorer, whole: Dataset, scored_test: ScoredSplit
 ) -> None:
-    """The bundle has counted train and valid."""
+    """The bundle has counted train and valid, and holds the outcomes of valid."""
     alone = Dataset(whole.items, {"test": whole.splits["test"]})
     report = judged(bundle, scorer, scored_test, alone, STATIC)
     assert list(report["scorers"]) == ["raw", "collab", "rates"]
@@ -89,6 +91,11 @@ def test_without_train_the_bundles_counts_stand_in_and_boosting_is_left_out(
     both = Dataset(whole.items, {name: whole.splits[name] for name in ("valid", "test")})
     for name, values in vars(row_counts(both, "test", LIVE, scorer.tables)).items():
         np.testing.assert_array_equal(values, vars(expected)[name])
+    known = row_outcomes(whole, "test", LIVE, scorer.tables)
+    for data in (alone, both):
+        found = row_outcomes(data, "test", LIVE, scorer.tables)
+        assert all(found.of(row) == known.of(row) for row in range(whole.splits["test"].height))
+    assert sum(map(len, scorer.tables.outcomes)) == whole.splits["valid"].height
     with pytest.raises(DataError, match="the bundle's counts hold its labels; add train"):
         row_counts(Dataset(whole.items, {"valid": whole.splits["valid"]}), "valid", STATIC, scorer.tables)
 

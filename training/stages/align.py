@@ -8,10 +8,11 @@ prints both indices alike. It runs in one process: it takes seconds where the ot
 Shapes: B pairs, N items of a batch, U users, I items, C = d_C, D = d_L.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.cold import TextMap, UserPrior
@@ -22,7 +23,10 @@ from training.examples import Examples, Targets
 from training.loop import StageLoop, derived_seed
 from training.prediction import figures
 from training.run import Run, read_tensors, write_tensors
+from training.stages.influence import influence
 from training.stages.text_prior import items_under_text_prior, users_of_labels
+
+LEAST_NOISE = 1e-3  # of an outcome; predictions without any error would make a user's system singular
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,13 @@ def _finish(
     """Fit the ways to make vectors for what was never trained, and fill the tables' cold rows with them."""
     fitted_UC, fitted_IC, text_map = _in_turn(run, examples, train, factors, semantic_ID.numpy(), seen_U.numpy())
     users_UC, items_IC = torch.from_numpy(fitted_UC), torch.from_numpy(fitted_IC)
-    prior = fit_prior(examples, train, users_UC.numpy(), items_IC.numpy(), seen_U.numpy())
+    errors_B = errors_without_own_label(users_UC, items_IC, train, run.config.align)
+    prior = with_outcomes(
+        fit_prior(examples, train, users_UC.numpy(), items_IC.numpy(), seen_U.numpy()),
+        items_IC[seen_I].numpy(),
+        errors_B,
+        train.weight_B,
+    )
     users_UC[~seen_U] = torch.from_numpy(prior.mean_C)
     tensors = {
         "user_vectors": users_UC,
@@ -161,7 +171,8 @@ def _finish(
         "map_offset": torch.from_numpy(text_map.offset_C),
         **{f"projection.{name}": one for name, one in projection.state_dict().items()},
     }
-    return tensors, {"target": prior.target, "noise": prior.noise}
+    names = ("target", "noise", "outcome_noise", "strength")
+    return tensors, {name: getattr(prior, name) for name in names}
 
 
 def _in_turn(
@@ -200,6 +211,8 @@ def fit_prior(
 ) -> UserPrior:
     """Fit the Gaussian of trained users, and what a liked item counts as, by folding train users in as if new.
 
+    `with_outcomes` fits the rest.
+
     Each sampled train row is predicted from its own history alone; the pair of target and noise with the least squared
     error wins.
     """
@@ -210,7 +223,7 @@ def fit_prior(
     best: tuple[float, UserPrior] | None = None
     for target in targets:
         for noise in noises:
-            prior = UserPrior(mean_C, covariance_CC, target, noise)
+            prior = UserPrior(mean_C, covariance_CC, target, noise, outcome_noise=noise, strength=1.0)
             folded_BC = np.stack([prior.fold_in(window) for window in windows])
             errors = train.label_B[rows] - (folded_BC * items_IC[train.item_B[rows]]).sum(-1)
             error = float(np.average(errors**2, weights=train.weight_B[rows]))
@@ -220,15 +233,43 @@ def fit_prior(
     return best[1]
 
 
+def errors_without_own_label(
+    users_UC: Tensor, items_IC: Tensor, train: Targets, config: AlignConfig
+) -> NDArray[np.float64]:
+    """Return each label minus stage 2's prediction of it from vectors that lack this label, `(B,)`."""
+    own_label = influence(users_UC, items_IC, train, config)
+    users_BC, items_BC = users_UC[train.user_B] - own_label.user_BC, items_IC[train.item_B] - own_label.item_BC
+    errors_B: NDArray[np.float64] = train.label_B.astype(np.float64) - (users_BC * items_BC).sum(-1).double().numpy()
+    return errors_B
+
+
+def with_outcomes(
+    prior: UserPrior, items_IC: np.ndarray, errors_B: NDArray[np.float64], weight_B: np.ndarray
+) -> UserPrior:
+    """Return the prior with the noise of an outcome and the strength of a trained vector.
+
+    `items_IC` are the trained items' vectors, `errors_B` those of the train labels. Under the covariance S, the
+    variance of a prediction has the mean v = tr(M), M = S C, where C is the second moment of the items. It lies in
+    about d = tr(M)^2 / tr(M^2) dimensions. In one of them n outcomes of variance e leave the share s / (s + n) of the
+    variance, with s = d e / v.
+    """
+    noise = float(np.average(errors_B**2, weights=weight_B))
+    items = items_IC.astype(np.float64)
+    moved_CC = prior.covariance_CC.astype(np.float64) @ (items.T @ items / len(items))
+    spread = float(np.trace(moved_CC))
+    # Users who do not differ keep their vectors: any strength does.
+    dimensions = spread**2 / np.trace(moved_CC @ moved_CC) if spread > 0 else 1.0
+    strength = dimensions * noise / spread if spread > 0 else 1.0
+    return replace(prior, outcome_noise=round(max(noise, LEAST_NOISE), 6), strength=round(float(strength), 6))
+
+
 def _result(tensors: dict[str, Tensor], state: dict[str, float], config: AlignConfig, semantic_ID: Tensor) -> Collab:
     projection = CollabProjection(config.d_collab, config.d_hidden, semantic_ID.shape[1])
     prefix = "projection."
     projection.load_state_dict(
         {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
     )
-    prior = UserPrior(
-        tensors["prior_mean"].numpy(), tensors["prior_covariance"].numpy(), state["target"], state["noise"]
-    )
+    prior = UserPrior(tensors["prior_mean"].numpy(), tensors["prior_covariance"].numpy(), **state)
     text_map = TextMap(tensors["map_center"].numpy(), tensors["map_weight"].numpy(), tensors["map_offset"].numpy())
     return Collab(
         tensors["user_vectors"],

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from training.config import AlignConfig
 from training.examples import Int32, Targets
-from training.stages.align import Collab
 from training.stages.text_prior import LEAST_DECAY
 
 Doubles = NDArray[np.float64]
@@ -34,14 +33,14 @@ class Influence:
         return Influence(self.user_BC[rows].to(device), self.item_BC[rows].to(device))
 
 
-def influence(collab: Collab, targets: Targets, config: AlignConfig) -> Influence:
-    """Return the influence of every train row on the two vectors it meets.
+def influence(users_UC: Tensor, items_IC: Tensor, targets: Targets, config: AlignConfig) -> Influence:
+    """Return the influence of every train row on the two vectors of stage 2 that it meets.
 
     Ridge regression on features X with weights W and penalties L has the system A = X'WX + L; leaving out a row x of
     weight w and residual r moves the solution by A^-1 x w r / (1 - w x'A^-1 x) (Cook, 1977).
     """
-    users_BC = collab.user_vectors_UC.numpy()[targets.user_B].astype(np.float64)
-    items_BC = collab.item_vectors_IC.numpy()[targets.item_B].astype(np.float64)
+    users_BC = users_UC.numpy()[targets.user_B].astype(np.float64)
+    items_BC = items_IC.numpy()[targets.item_B].astype(np.float64)
     residual_B = targets.label_B - (users_BC * items_BC).sum(-1)
     b_u, b_i = users_BC.shape[1] - 2, items_BC.shape[1] - 1
 

@@ -217,7 +217,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     valid = examples.targets("valid", run.config.max_targets)
     judged = valid.limited(run.config.validation_rows)
     folded = {targets.split: folded_users(examples, targets, collab) for targets in (train, valid)}
-    own_label = influence(collab, train, run.config.align)
+    own_label = influence(collab.user_vectors_UC, collab.item_vectors_IC, train, run.config.align)
     tables = SlotTables(collab).to(run.device)
     head = initial_head(run, collab, train, own_label).to(run.device)
     forward = SlotForward(run, TreeModel(backbone), projections.to(run.device), tables, head, folded)

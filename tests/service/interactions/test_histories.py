@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.features import UserFeatures
+from models.features import MAX_OUTCOMES, UserFeatures
 from service.interactions.histories import MergedUser, merge_all, merged, united
-from service.interactions.live import Like, LiveUser
+from service.interactions.live import KnownOutcome, Like, LiveUser
 
 VECTOR = np.ones(2, np.float32)
 
@@ -45,7 +45,7 @@ def test_before_a_tail_nothing_is_inserted() -> None:
 
 
 def test_a_deleted_user_is_as_if_never_heard_of() -> None:
-    assert merged("u", stored(("a", 1)), live(("b", 2), deleted_at=3)) == MergedUser(None, 0)
+    assert merged("u", stored(("a", 1)), live(("b", 2), deleted_at=3)) == MergedUser(None, 0, deleted=True)
     back = merged("u", stored(("a", 9)), live(("b", 3), ("c", 4), deleted_at=3))
     assert told(back) == (("c",), 1, 1) and back.features is not None and back.features.vector_C is None
 
@@ -62,6 +62,33 @@ def test_events_known_twice_are_one_and_the_latest_deletion_counts() -> None:
     one, other = live(("a", 1), ("b", 2), deleted_at=0.5), live(("a", 1), ("b", 2), deleted_at=1.5)
     assert united(one, other) == LiveUser(one.likes, 1.5)
     assert told(merged("u", None, united(one, other)))[0] == ("b",)
+
+
+def outcome(name: str, shown: float, positive: bool, item: str = "a") -> KnownOutcome:
+    return KnownOutcome(shown, name, item, positive)
+
+
+def test_impressions_known_to_several_servers_are_one_and_positive_wins() -> None:
+    one = LiveUser(outcomes=(outcome("p", 1, False), outcome("q", 3, True)))
+    other = LiveUser(outcomes=(outcome("r", 2, False), outcome("p", 2, True), outcome("q", 4, False)))
+    joined = (outcome("p", 1, True), outcome("r", 2, False), outcome("q", 3, True))
+    assert united(one, other).outcomes == united(other, one, other).outcomes == joined
+
+
+def test_the_newest_outcomes_of_all_servers_are_kept() -> None:
+    some = [outcome(f"p{number:03}", number, number % 2 == 0) for number in range(2 * MAX_OUTCOMES)]
+    joined = united(LiveUser(outcomes=tuple(some[::2])), LiveUser(outcomes=tuple(some[1::2])))
+    assert joined.outcomes == tuple(some[-MAX_OUTCOMES:])
+
+
+def test_outcomes_of_impressions_before_a_deletion_are_not_used_whoever_tells_of_it() -> None:
+    before = LiveUser(outcomes=(outcome("p", 1, True), outcome("q", 5, True)))
+    deleted = LiveUser(deleted_at=3.0, outcomes=(outcome("p", 4, False),))  # told of anew after the deletion
+    both = merged("u", stored(("a", 1)), united(before, deleted))
+    assert both.outcomes == (outcome("p", 4, False), outcome("q", 5, True)) and both.deleted
+    alone = merged("u", None, LiveUser(deleted_at=3.0, outcomes=before.outcomes))
+    assert alone.outcomes == (outcome("q", 5, True),)
+    assert not merged("u", None, before).deleted
 
 
 histories = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), max_size=6)

@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.features import MAX_OUTCOMES
 from service.interactions.database import open_database
 from service.interactions.event import Interaction
 from service.interactions.ledger import Counts, EventConflictError, Ledger
-from service.interactions.live import MAX_LIKES, Like
+from service.interactions.live import MAX_LIKES, KnownOutcome, Like, impression_name
 from tests.service.interactions.conftest import NOW, event
 from tests.service.interactions.memory import SharedMemory
 
@@ -113,6 +114,46 @@ def test_the_newest_likes_are_kept() -> None:
         one.take([event(f"e{place:03}", timestamp=NOW + place) for place in order], NOW)
         likes = one.live(["u1"])["u1"].likes
         assert likes == tuple(Like(NOW + place, f"e{place:03}", "i7") for place in range(MAX_LIKES, 2 * MAX_LIKES))
+
+
+def test_the_newest_outcomes_are_those_of_the_impressions_shown_last() -> None:
+    with ledger() as one:
+        order = [*range(0, 2 * MAX_OUTCOMES, 2), *range(1, 2 * MAX_OUTCOMES, 2)]
+        one.take([event(f"e{place:03}", place % 3 == 0, NOW + place) for place in order], NOW)
+        one.take([event("pending", None, NOW + 999), event("other", True, NOW + 999, user_id="u2")], NOW)
+        outcomes = one.live(["u1"])["u1"].outcomes
+        kept = range(MAX_OUTCOMES, 2 * MAX_OUTCOMES)
+        names = {place: impression_name(f"e{place:03}") for place in kept}
+        assert outcomes == tuple(KnownOutcome(NOW + place, names[place], "i7", place % 3 == 0) for place in kept)
+
+
+def test_a_negative_that_becomes_a_positive_is_one_outcome_and_a_deletion_removes_those_before_it() -> None:
+    with ledger() as one:
+        shown = {"request_id": "r", "position": 1}
+        one.take([event("e1", False, **shown), event("e2", True, NOW + 5, **shown), event("e3", None, NOW + 1)], NOW)
+        [outcome] = one.live(["u1"])["u1"].outcomes
+        assert (outcome.shown, outcome.positive) == (NOW, True)
+        one.expire(NOW + 60, 10)
+        assert [each.positive for each in one.live(["u1"])["u1"].outcomes] == [True, False]
+        one.delete("u1", NOW + 3, NOW + 70)
+        [left] = one.live(["u1"])["u1"].outcomes
+        assert (left.shown, left.positive) == (NOW + 5, True)
+
+
+def test_outcomes_are_found_by_an_index_that_an_earlier_log_gets_when_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "log.sqlite"
+    earlier = open_database(path)
+    earlier.execute("DROP INDEX impressions_shown")
+    earlier.execute("CREATE INDEX impressions_user ON impressions (user_id)")
+    earlier.close()
+    connection = open_database(path)
+    statements: list[str] = []
+    connection.set_trace_callback(statements.append)
+    Ledger(connection, 60.0).live(["u1"])
+    [query] = [one for one in statements if "FROM impressions" in one]
+    plan = str(connection.execute(f"EXPLAIN QUERY PLAN {query}").fetchall())
+    connection.close()
+    assert "impressions_shown" in plan and "TEMP" not in plan
 
 
 def test_an_event_id_has_one_content() -> None:

@@ -11,6 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
+from models.assembly import AssembledUser, Assembler
+from models.features import Evidence, ItemFeatures
 from models.fusion import PARTS, Counts, Known
 from models.loading import Bundle
 from models.scoring_model import ScoringModel
@@ -30,25 +32,63 @@ LIVE_AT = HISTORY_END + 1000
 
 
 class Offline:
-    """The score by `Fusion` from the tables, the likes in the user's history, and counts kept by hand."""
+    """The score by `Fusion` from the tables, the likes in the user's history, and counts and outcomes kept by hand."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.tables, self.fusion = bundle.tables(), bundle.fusion()
         self.users: dict[str, Counts] = {}
         self.items: dict[str, Counts] = {}
+        self.outcomes: dict[str, list[tuple[str, bool]]] = {
+            one: list(self.tables.stored_outcomes(one)) for one in self.tables.user_ids
+        }
         self.deleted: set[str] = set()
 
     def saw(self, user_id: str, item_id: str, impressions: int, positives: int) -> None:
         for table, one in ((self.users, user_id), (self.items, item_id)):
             table[one] = table.get(one, Counts()) + Counts(impressions, positives)
+        outcomes = self.outcomes.setdefault(user_id, [])
+        if not impressions:  # a negative that becomes a positive
+            outcomes.remove((item_id, False))
+        outcomes.append((item_id, positives > 0))
 
     def forgets(self, user_id: str) -> None:
         self.users.pop(user_id, None)
+        self.outcomes.pop(user_id, None)
         self.deleted.add(user_id)
 
+    def live_vector(self, user_id: str, shown: list[ItemFeatures]) -> np.ndarray:
+        """Return the posterior mean of the user's vector by its formula, in fp64."""
+        prior, tables = self.tables.prior, self.tables
+        user = None if user_id in self.deleted else tables.user(user_id)
+        known = [(item, label) for one, label in self.outcomes.get(user_id, [])[-100:] if (item := tables.item(one))]
+        rows = [(item.fold_C, float(label), prior.outcome_noise) for item, label in known]
+        mean_C, covariance_CC = prior.mean_C.astype(float), prior.covariance_CC.astype(float)
+        if user is not None and user.vector_C is not None:
+            seen = tables.train_impressions_U[tables.user_ids.index(user_id)]
+            mean_C, covariance_CC = (
+                user.vector_C.astype(float),
+                covariance_CC * prior.strength / (prior.strength + seen),
+            )
+        else:
+            liked = {item.item_id for item, label in known if label}
+            rows += [(item.fold_C, prior.target, prior.noise) for item in shown if item.item_id not in liked]
+        if not rows:
+            return mean_C.astype(np.float32)
+        items_HC, observed_H, noise_H = (np.array(one, float) for one in zip(*rows, strict=True))
+        system_HH = items_HC @ covariance_CC @ items_HC.T + np.diag(noise_H)
+        gain_C = covariance_CC @ items_HC.T @ np.linalg.inv(system_HH) @ (observed_H - items_HC @ mean_C)
+        return np.asarray(mean_C + gain_C, np.float32)
+
     def logit(
-        self, user_id: str, result: dict[str, Any], user_C: np.ndarray, item_C: np.ndarray, *, live: bool = True
+        self,
+        user_id: str,
+        result: dict[str, Any],
+        vectors: tuple[np.ndarray, np.ndarray],
+        item_C: np.ndarray,
+        *,
+        live: bool = True,
     ) -> float:
+        """`vectors` are the user's static vector and the live one."""
         user = None if user_id in self.deleted else self.tables.user(user_id)
         item = self.tables.item(result["item_id"])
         of_user = (user.counts if user else Counts()) + self.users.get(user_id, Counts())
@@ -56,7 +96,8 @@ class Offline:
         raw = result["raw_score"]
         known = Known(
             lm_K=np.array([math.log(raw) - math.log1p(-raw)]),
-            user_KC=user_C[None],
+            user_KC=vectors[0][None],
+            live_user_KC=vectors[1][None],
             item_KC=item_C[None],
             user_impressions_K=np.array([of_user.impressions]),
             user_positives_K=np.array([of_user.positives]),
@@ -102,20 +143,20 @@ class Steps:
         assert answer.status_code == 200, answer.text
         return str(event["event_id"])
 
-    def vector(self, user_id: str, liked: list[str]) -> np.ndarray:
+    def vectors(self, user_id: str, liked: list[str]) -> tuple[np.ndarray, np.ndarray]:
         user = None if user_id in self.offline.deleted else self.offline.tables.user(user_id)
         window = [item for one in liked if (item := self.offline.tables.item(one)) is not None]
-        return self.assembler.user(user, window, len(window)).vector_C
+        return self.assembler.user(user, window, len(window)).vector_C, self.offline.live_vector(user_id, window)
 
     async def compare(self, user_id: str, liked: list[str], **fields: Any) -> None:
         """`liked` is the history that the prompt shows, for a user without a trained vector."""
         body = {"user_id": user_id, "candidates": CANDIDATES, "explain": True, **fields}
         ranked = (await self.client.post("/rank", json=body)).json()
         assert ranked["counts"] == "live"
-        user_C = self.vector(user_id, liked)
+        vectors = self.vectors(user_id, liked)
         for result in ranked["results"]:
             item = self.offline.tables.item(result["item_id"]) or self.new
-            logit = self.offline.logit(user_id, result, user_C, item.collab_C)
+            logit = self.offline.logit(user_id, result, vectors, item.collab_C)
             assert result["score"] == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6), result
             assert tuple(result["parts"]) == PARTS
             assert sum(result["parts"].values()) == pytest.approx(
@@ -163,6 +204,43 @@ async def test_a_user_unknown_to_the_bundle_counts_from_the_first_outcome(
     await steps.post("stranger", "i1", False)
     steps.offline.saw("stranger", "i1", 1, 0)
     await steps.compare("stranger", ["i2"])
+
+
+async def test_a_cold_users_vector_joins_the_outcomes_of_the_bundle_and_of_the_log(
+    client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel
+) -> None:
+    steps = Steps(client, bundle, model)
+    history = list(steps.offline.tables.histories[18])
+    assert steps.offline.outcomes["u18"] and not steps.offline.tables.user_trained_U[18]
+    await steps.compare("u18", history)
+    await steps.post("u18", "i1", False)
+    steps.offline.saw("u18", "i1", 1, 0)
+    await steps.compare("u18", history)
+    await steps.compare("u18", ["i3", "i1"], history=["i3", "i1"])  # observed beside the outcomes
+    before, after = (steps.offline.live_vector("u18", []) for steps.offline.outcomes["u18"] in ([], [("i1", False)]))
+    assert np.abs(before - after).max() > 1e-2
+
+
+async def test_a_trained_users_vector_is_updated_once_a_request(
+    client: httpx.AsyncClient, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updated, given = [], Assembler.updated
+
+    def noted(self: Assembler, user: AssembledUser, evidence: Evidence) -> AssembledUser:
+        updated.append(user.cold)
+        return given(self, user, evidence)
+
+    monkeypatch.setattr(Assembler, "updated", noted)
+    pairs = [
+        {"user_id": user_id, "item_id": "i1", "history": history}
+        for user_id in ("u0", "u18")
+        for history in (["i3"], ["i4", "i5"], [])
+    ]
+    together = (await client.post("/score", json={"pairs": pairs})).json()["results"]
+    assert sorted(updated) == [False, True, True, True]  # a cold user's vector depends on the history
+    for pair, result in zip(pairs, together, strict=True):
+        [alone] = (await client.post("/score", json={"pairs": [pair]})).json()["results"]
+        assert result["score"] == pytest.approx(alone["score"], abs=1e-5)
 
 
 async def test_an_impression_counts_once_its_time_has_passed(
@@ -231,7 +309,8 @@ async def test_without_a_log_the_bundles_counts_and_their_weights_stand_and_the_
     assert user is not None and user.vector_C is not None and item is not None
     for answer in (without, found):
         [result] = answer["results"]
-        logit = offline.logit("u1", result, user.vector_C, item.collab_C, live=answer["counts"] == "live")
+        vectors = (user.vector_C, offline.live_vector("u1", []))
+        logit = offline.logit("u1", result, vectors, item.collab_C, live=answer["counts"] == "live")
         assert result["score"] == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6), answer["counts"]
     await service.interactions.close()
 
