@@ -132,7 +132,7 @@ class ProjectConfig(_Frozen):
         0.1, ge=0, description="learning rate of the tables, relative to the projections'; for form paper only"
     )
     table_decay: float = Field(0.0, ge=0, description="pull of the tables back to stage 2's vectors")
-    schedule: ScheduleConfig = ScheduleConfig(epochs=0.6, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=200)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=0.6, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=100)
 
 
 class Config(_Frozen):
