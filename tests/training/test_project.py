@@ -128,6 +128,15 @@ def test_a_step_of_stage_1_asks_its_rows_and_every_row_of_its_titles(
     assert [part.total for part in alone] == [len(rows)] * len(alone)
 
 
+def test_the_language_models_weight_stays_positive_and_can_always_grow() -> None:
+    head, lm_K, collab_K = Head(4.0, 0.0, LM_WEIGHT), torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.5])
+    with torch.no_grad():
+        head.lm_weight.fill_(-3.0)
+    torch.testing.assert_close(head(lm_K, collab_K), 2.0 + LM_WEIGHT * lm_K)
+    head(lm_K, collab_K)[0].backward()
+    assert head.lm_weight.grad is not None and float(head.lm_weight.grad) == 2.0
+
+
 def test_an_adapter_says_nothing_of_where_it_was_trained(trained: Trained) -> None:
     """The bundle's id must not depend on a path, nor on the order in which PEFT writes a set."""
     text = (trained.bundle / "adapter" / "adapter_config.json").read_text()

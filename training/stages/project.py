@@ -109,8 +109,11 @@ class Head(nn.Module):
         self.lm_weight = nn.Parameter(torch.tensor(lm_weight))
 
     def forward(self, lm_K: Tensor, collab_K: Tensor) -> Tensor:
-        """Return the answers' logits, `(K,)`."""
-        logits_K: Tensor = self.slope * collab_K + self.intercept + self.lm_weight.clamp(min=LM_WEIGHT) * lm_K
+        """Return the answers' logits, `(K,)`; a weight that a step took below the least is put back to it."""
+        if self.lm_weight.requires_grad:
+            # A clamp in the sum would give the weight no gradient below the least: it could never grow again.
+            self.lm_weight.data.clamp_(min=LM_WEIGHT)
+        logits_K: Tensor = self.slope * collab_K + self.intercept + self.lm_weight * lm_K
         return logits_K
 
 
