@@ -35,8 +35,8 @@ class AssembledUser:
 
     segment: Segment
     vector_C: Floats  # behind <User_ID>
-    live_C: Floats  # for `score` with live counts: the same, or what `Assembler.updated` made of it
-    shown: tuple[HistoryItem, ...]  # the items of the history that the prompt shows
+    live_C: Floats  # for `score` with live counts; equal to `vector_C` until `Assembler.updated`
+    shown: tuple[HistoryItem, ...]  # the history items in the prompt
     history: HistoryUse
     cold: bool
     titles_cut: int  # history titles that the token cap shortened
@@ -95,9 +95,10 @@ class Assembler:
         )
 
     def updated(self, user: AssembledUser, evidence: Evidence) -> AssembledUser:
-        """Return a user whose live vector is updated by known outcomes.
+        """Return the user with a live vector updated with known outcomes.
 
-        An item of the history whose positive outcome is among the evidence is observed once, as that outcome.
+        A cold user's history items are observed too. An item with a positive outcome in the evidence is then observed
+        only as outcome.
         """
         liked = [item.fold_C for item in user.shown if item.item_id not in evidence.positives]
         live_C = self.prior.updated(
@@ -128,9 +129,10 @@ def known_pairs(
     *,
     live: bool,
 ) -> Known:
-    """Return the inputs of `Fusion` for a group's pairs. `items` hold (counts, whether cold).
+    """Return the inputs of `Fusion` for a group's pairs.
 
-    `live` says whether the counts are live, or the bundle's alone.
+    `user` holds the user's counts and the assembled user; `items` hold each item's counts and whether it is cold.
+    `live` says whether the counts are live or only the bundle's.
     """
     counts_K2 = np.array([counts for counts, _ in items], np.int64)
     (impressions, positives), assembled = user

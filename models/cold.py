@@ -13,7 +13,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class UserPrior:
-    """The trained users' Gaussian, and how a liked item or a known outcome is observed under it.
+    """The Gaussian of the trained users' vectors, and how it observes a liked item or a known outcome.
 
     A history holds positives alone, so observing each as label 1 would make every new user look lenient. Each is
     observed as `target` instead, with variance `noise`: the two are fitted on train users treated as new. Impressions
@@ -21,8 +21,8 @@ class UserPrior:
 
     Attributes:
         mean_C: the mean of the trained users' vectors.
-        covariance_CC: their covariance; the constant dimension has none.
-        outcome_noise: the variance of a label around stage 2's prediction.
+        covariance_CC: their covariance; zero in the constant dimension.
+        outcome_noise: the variance of a label around stage 2's prediction without this label.
         strength: the number of train impressions after which half of the covariance is left.
     """
 
@@ -40,11 +40,12 @@ class UserPrior:
     def updated(
         self, vector_C: Floats | None, impressions: int, items_HC: Floats, labels_H: Floats, liked_LC: Floats
     ) -> Floats:
-        """Return a user's vector, `(C,)`, updated by impressions with a known outcome; without any it stays the same.
+        """Return a user's vector, `(C,)`, updated with impressions that have a known outcome.
 
-        `vector_C` is the trained vector and `impressions` the number of train impressions that it holds; the remaining
-        variance falls with that number. For a user without training `vector_C` is None: the prior mean is updated, and
-        `liked_LC`, the liked items whose outcomes are not among `labels_H`, are observed as in `fold_in`.
+        For a trained user, `vector_C` is the trained vector and `impressions` the number of train impressions in it:
+        the more of them, the smaller the remaining variance. `liked_LC` is not used. For a cold user, `vector_C` is
+        None: the prior mean is updated, and `liked_LC`, the liked items without a positive outcome in `labels_H`, are
+        observed as in `fold_in`. Without observations the vector stays the same.
         """
         noise_H = np.full(len(items_HC), self.outcome_noise, np.float32)
         if vector_C is not None:
@@ -55,13 +56,13 @@ class UserPrior:
         return self._posterior(self.mean_C, 1.0, np.concatenate([liked_LC, items_HC]), observed, noise)
 
     def _liked(self, count: int) -> tuple[Floats, Floats]:
-        """Return what liked items are observed as, and the variance."""
+        """Return the observed value and the variance of `count` liked items, `(L,)` each."""
         return np.full(count, self.target, np.float32), np.full(count, self.noise, np.float32)
 
     def _posterior(self, mean_C: Floats, left: float, items_HC: Floats, observed_H: Floats, noise_H: Floats) -> Floats:
         """Return u = m + S V' (V S V' + N)^-1 (y - V m), `(C,)`, where S is `left` times the covariance.
 
-        This form needs no inverse of S, which is singular.
+        This form does not invert S, which is singular.
         """
         if len(items_HC) == 0:
             return mean_C

@@ -15,7 +15,7 @@ from models.fusion import Counts
 
 Floats = NDArray[np.float32]
 NO_COUNTS = Counts()
-MAX_OUTCOMES = 100  # outcomes that update a user's vector, the newest; they bound the time of a solve on a request
+MAX_OUTCOMES = 100  # only the newest outcomes update a user's vector: this limits the time of the solve in a request
 
 
 class Outcome(NamedTuple):
@@ -27,12 +27,12 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The outcomes of a user that the trained vector does not hold, oldest first.
+    """The outcomes of a user that are not in the trained vector, oldest first.
 
     Attributes:
-        impressions: the number of train impressions that the trained vector holds.
+        impressions: the number of train impressions in the trained vector; 0 for a user without training.
         positives: the ids of the items with a positive outcome.
-        items_HC: stage 2's vectors of the items.
+        items_HC: stage 2's vectors of the outcomes' items.
         labels_H: 1 for a positive outcome, 0 for a negative one.
     """
 
@@ -146,12 +146,15 @@ class Tables:
         )
 
     def stored_outcomes(self, user_id: str) -> tuple[Outcome, ...]:
-        """Return the outcomes of a user in valid, oldest first; none for an unknown user."""
+        """Return a user's newest `MAX_OUTCOMES` outcomes in valid, oldest first; none for an unknown user."""
         row = self._user_rows.get(user_id)
         return () if row is None else tuple(self.outcomes[row])
 
     def evidence(self, user_id: str, outcomes: Sequence[Outcome]) -> Evidence:
-        """Return the evidence of a user's newest outcomes, given oldest first, on items of the catalogue."""
+        """Return the evidence in a user's newest `MAX_OUTCOMES` outcomes; items outside the catalogue are left out.
+
+        `outcomes` are ordered, oldest first.
+        """
         row = self._user_rows.get(user_id)
         known = [one for one in outcomes[-MAX_OUTCOMES:] if one.item_id in self._item_rows]
         return Evidence(

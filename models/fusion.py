@@ -6,9 +6,9 @@ the item, and the cold flags. Evaluation and service call the same code.
 
 A rate enters as its smoothed distance from the base rate in log-odds: without evidence the distance is zero. Each rate
 enters with two strengths of smoothing, so that the model can tell much evidence from little. Only the cold flags may
-have negative weights, so one more positive of an item never lowers its score. Static counts end with the training data,
-live counts at this moment: each kind has its own weights. With live counts the user's bias and taste come from a
-vector that the user's latest outcomes have updated (`UserPrior.updated`).
+have negative weights, so one more positive in an item's counts never lowers its score. Static counts end with the
+training data, live counts at this moment: each kind has its own weights. With live counts the user's bias and taste
+come from a user vector that is updated with the user's newest outcomes (`UserPrior.updated`).
 
 Shapes: K pairs, C = d_C.
 """
@@ -47,7 +47,7 @@ class Known:
     Attributes:
         lm_K: the language model's logit, log p(Yes) - log p(No).
         user_KC: collaborative vectors of the users, [p, b_u, 1], as trained or folded in from a history.
-        live_user_KC: the same, updated by the outcomes that are known at this moment; `user_KC` for static counts.
+        live_user_KC: `user_KC` updated with the outcomes known at this moment; equal to `user_KC` for static counts.
         item_KC: collaborative vectors of the items, [q, 1, b_i].
         user_impressions_K, user_positives_K: the user's impressions with a known outcome, and the positives.
         item_impressions_K, item_positives_K: the item's.

@@ -100,7 +100,7 @@ class Bundle:
                 )
 
     def _check_outcomes(self, users: pl.DataFrame, items: pl.DataFrame) -> None:
-        """Raise BundleError where outcomes are missing, have no label, or name an item outside the catalogue."""
+        """Raise BundleError if outcomes are missing, lack a label, or name an item outside the catalogue."""
         for column in ("outcome_items", "outcome_labels", "train_impressions"):
             if column not in users.columns:
                 raise BundleError(

@@ -140,7 +140,7 @@ async def score(
 async def _look_up(
     questions: Sequence[Question], handle: BundleHandle, live: LiveLookup
 ) -> tuple[Features, dict[str, MergedUser], Counted]:
-    """Return the features, with live likes in the histories; the users with their live outcomes; the live counts."""
+    """Return the features, with live likes in the histories; the merged users, with live outcomes; the live counts."""
     # The log first: its likes are looked up in the same round trip as everything else.
     logged = await live(frozenset(question.user_id for question in questions))
     asked = query(questions, handle.assembler.template, logged)
@@ -202,7 +202,7 @@ async def _distil_unknown(
 async def _assemble(
     resolved: Sequence[Resolved], merged: Mapping[str, MergedUser], handle: BundleHandle, *, live: bool
 ) -> list[_Prompt]:
-    """Tokenize and assemble in a thread: the event loop answers others meanwhile."""
+    """Tokenize and assemble in a thread, so that the event loop stays free. `live` also updates the live vectors."""
 
     def assemble() -> list[_Prompt]:
         updates = _Updates(merged, handle) if live else None
@@ -212,14 +212,17 @@ async def _assemble(
 
 
 def _outcomes(user_id: str, user: MergedUser, handle: BundleHandle) -> list[Outcome]:
-    """Return the outcomes of a user that the bundle has, then those of the items shown after its own counts end."""
+    """Return the bundle's outcomes of a user, then the live outcomes after the end of the bundle's own counts."""
     stored = () if user.deleted else handle.tables.stored_outcomes(user_id)
     since = (one for one in user.outcomes if one.shown > handle.counts.until)
     return [*stored, *(Outcome(one.item_id, one.positive) for one in since)]
 
 
 class _Updates:
-    """Updates users by their outcomes; a trained user once a request, whatever histories the questions bring."""
+    """Updates users' live vectors with their outcomes.
+
+    A trained user's live vector does not depend on the history of a question, so it is computed once a request.
+    """
 
     def __init__(self, merged: Mapping[str, MergedUser], handle: BundleHandle) -> None:
         self._assembler = handle.assembler
@@ -229,7 +232,7 @@ class _Updates:
         self._trained: dict[str, Floats] = {}
 
     def of(self, user_id: str, user: AssembledUser) -> AssembledUser:
-        """Return a user of a question, whose live vector is updated."""
+        """Return the user of one question with an updated live vector."""
         if user_id in self._trained:
             return replace(user, live_C=self._trained[user_id])
         updated = self._assembler.updated(user, self._evidence[user_id])

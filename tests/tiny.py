@@ -253,7 +253,7 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
     # A day between two likes, the last of every user on the same day.
     times = [[HISTORY_END - DAY_S * (len(one) - place - 1) for place in range(len(one))] for one in histories]
     counts = _counts(size.users, size.users - size.cold_users, known_rng)
-    # Outcomes in valid: "u0" has as many as a bundle keeps, the cold user before the last has four, the last none.
+    # Outcomes in valid: "u0" has as many as a bundle keeps, the last user but one has four, the last user none.
     known = [100, *known_rng.integers(0, 6, size=max(0, size.users - 3)).tolist(), 4, 0][-size.users :]
     outcomes = [[(item_ids[i], i % 3 > 0) for i in known_rng.integers(0, size.items, size=one)] for one in known]
     seen = known_rng.integers(1, 30, size=size.users)

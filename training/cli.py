@@ -88,7 +88,7 @@ def fit(
         dataset = read_data(data, positive_above, split_by)
         report = fit_bundle(run, dataset, backbone, out, resume=resume, until=until, begun=begun)
         if run.is_main and not report:
-            run.say(f"ended after {until}; the same command with --resume and without --until goes on")
+            run.say(f"ended after {until}; to continue, run the same command with --resume and without --until")
         elif run.is_main:
             show_stages(run.console, report)
             show_report(run.console, "valid", report)

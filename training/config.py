@@ -33,7 +33,7 @@ class ScheduleConfig(_Frozen):
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
     batch_targets: int = Field(64, ge=1, description="targets a step, over all processes")
     second_moment: float = Field(
-        0.999, gt=0, lt=1, description="decay of AdamW's mean of squared gradients (beta 2); 0.95 forgets in 20 steps"
+        0.999, gt=0, lt=1, description="decay of AdamW's second moment (beta 2); 0.95 averages over about 20 steps"
     )
     gradient_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     evaluations_per_epoch: int = Field(2, ge=1, description="how often valid is scored; the best checkpoint is kept")
@@ -77,15 +77,15 @@ class AdaptConfig(_Frozen):
     titles: int = Field(
         64,
         ge=0,
-        description="titles that each step asks without a history; every train row of a title counts (adapt.py)",
+        description="titles without a history in each step; each learns from all train rows of its item",
     )
     leniency: bool = Field(
         True,
-        description="add each user's own rate of positives to the logit in training, so that the language model learns"
-        " what differs between items",
+        description="in training, add the user's own rate of positives (log-odds) to the logit, so that the language"
+        " model learns how items differ",
     )
-    # At 1e-4 a small model's AUC stays at chance. The first gradients are large, because no answer is likely at first:
-    # AdamW's second moment must forget them. Three hundred steps limit the time on a CPU.
+    # At 1e-4 a small model's AUC stays at chance. The first gradients are large, because the model at first favours one
+    # answer for nearly every row: AdamW's second moment must forget them. 300 steps limit the time on a CPU.
     schedule: ScheduleConfig = ScheduleConfig(
         epochs=1, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=300, second_moment=0.95
     )

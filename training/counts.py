@@ -1,9 +1,9 @@
-"""What is known at a row: counts of its user and item before the row, and the user's newest outcomes.
+"""Counts of a row's user and item, and the user's newest outcomes, as known at the row.
 
-Counts are of impressions with a known outcome, and of positives among them.
+There are two counts: impressions with a known outcome, and positives among them.
 
-Static: the counts of the train split, the same for every row. Live: all rows of all splits before the row, as a service
-counts that learns every outcome after a delay. Rows of the row's own second never count.
+Static: the counts of the train split, the same for every row. Live: all rows of all splits before the row, as in a
+service that learns every outcome after a delay. Live counts have no row of the row's own second.
 
 Shapes: B rows of a split, N rows that may be counted, E users or items.
 """
@@ -80,12 +80,12 @@ def row_counts(dataset: Dataset, split: str, counting: Counting, tables: Tables 
 
 @dataclass(frozen=True)
 class RowOutcomes:
-    """The outcomes known at every row of a split, of the row's user, except those in train.
+    """The outcomes of the row's user that are known at each row of a split, without those in train.
 
     Attributes:
-        items_N, labels_N: rows with a known outcome, ordered by user, then by time.
-        first_B, end_B: where those known at a row begin and end.
-        stored_B: the bundle's outcomes of the row's user, before all others.
+        items_N, labels_N: item ids and labels of all outcomes, ordered by user, then by time.
+        first_B, end_B: a row's outcomes are `first_B` to `end_B` of these (end excluded).
+        stored_B: the bundle's outcomes of the row's user, older than all others; None if they are not used.
     """
 
     items_N: pl.Series
@@ -103,10 +103,10 @@ class RowOutcomes:
 
 
 def row_outcomes(dataset: Dataset, split: str, counting: Counting, tables: Tables) -> RowOutcomes:
-    """Return the outcomes known at every row of a split; static counting knows none.
+    """Return the outcomes known at every row of a split. With static counting, rows of valid and test have none.
 
-    Rows of train are left out: the trained vectors hold them. If the dataset has no train split, the outcomes in the
-    bundle's tables come first, as in the service.
+    Rows of train are no outcomes: the trained vectors already contain them. If the dataset has no train split, the
+    outcomes in the bundle's tables come first, as in the service.
     """
     frame = dataset.splits[split]
     splits, before_B = counting.known(dataset, split)
@@ -154,7 +154,10 @@ def _counts(
 def _before(
     key_N: Counted, time_N: NDArray[np.float64], key_B: Counted, before_B: NDArray[np.float64]
 ) -> tuple[Counted, Counted, Counted]:
-    """Return the order of N rows by key, then by time, and where the rows before each of B rows begin and end in it."""
+    """Return the order of N rows by key, then by time; and, in that order, the first and end of the rows before each B.
+
+    The rows before one of B rows have its key and a time before its `before_B`.
+    """
     # One integer orders by key, then by time. It holds the rank of the time, so that nothing is rounded.
     times, rank_N = np.unique(time_N, return_inverse=True)
     place_N = key_N * (len(times) + 1) + rank_N

@@ -51,13 +51,13 @@ class Scorer:
         return found
 
     def stored_user(self, user_id: str) -> AssembledUser:
-        """Assemble a user under the bundle's stored history; one the bundle has never heard of has none."""
+        """Assemble a user with the bundle's stored history and outcomes; an unknown user has none."""
         user = self.tables.user(user_id)
         history, total = (user.history, user.history_total) if user else ((), 0)
         return self.updated(user_id, self.user(user, history, total))
 
     def updated(self, user_id: str, user: AssembledUser) -> AssembledUser:
-        """Return a user whose live vector is updated by the bundle's outcomes, as with an empty log."""
+        """Return the user with a live vector updated with the bundle's outcomes, as in a service with an empty log."""
         return self.assembler.updated(user, self.tables.evidence(user_id, self.tables.stored_outcomes(user_id)))
 
     def user_counts(self, user_id: str) -> Counts:
@@ -84,7 +84,7 @@ class Scorer:
 class ScoredSplit:
     """The raw scores of a split's rows, and their vectors and cold flags; `(B,)` and `(B, C)`.
 
-    `live_user_BC` are the users' vectors updated by the outcomes known at each row; None if no outcomes were given.
+    `live_user_BC` are the users' vectors updated with the outcomes known at each row; None if no outcomes were given.
     """
 
     raw_B: Floats
@@ -95,10 +95,10 @@ class ScoredSplit:
     cold_item_B: NDArray[np.bool_]
 
     def known(self, counts: RowCounts, *, live: bool) -> Known:
-        """Return the fusion's inputs for the rows with these counts, which are live or static.
+        """Return the fusion's inputs for the rows with these counts. `live` says whether the counts are live.
 
         Raises:
-            ValueError: live counts, but the split was scored without outcomes.
+            ValueError: the counts are live, but the split was scored without outcomes.
         """
         live_user_BC = self.live_user_BC if live else self.user_BC
         if live_user_BC is None:
@@ -127,9 +127,9 @@ def score_split(
     progress: Progress = no_progress,
     outcomes: RowOutcomes | None = None,
 ) -> ScoredSplit:
-    """Score every row of a split, each with its history at that time; `outcomes` update the live vectors.
+    """Score every row of a split with the history at the row's time; `outcomes` update the live vectors.
 
-    Nothing of the bundle's stored histories is used: at the time of the row they had not all happened.
+    The bundle's stored histories are not used: they hold likes that came after the row.
     """
     frame, rows = dataset.splits[split], histories.of_split(split)
     item_ids = dataset.items["item_id"].to_list()

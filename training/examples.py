@@ -101,7 +101,7 @@ class Examples:
         return Pack(Segment(tuple(trunk_ids)), branches)
 
     def title_pack(self, items: Int32) -> Pack:
-        """Render items under an empty history, without slots: the prompt of an item's rows, whoever the user is."""
+        """Render items with an empty history and no slots; this prompt is the same for every user."""
         kind = PromptKind.ADAPT
         trunk = self.template.instruction(kind) + self.template.user_tail(kind, empty_history=True)
         branches = (Branch(len(trunk), self.template.candidate(kind, self.titles[item])) for item in items)
@@ -134,21 +134,24 @@ def answer_loss(logits_K: Tensor, targets: Targets, rows_K: Int32) -> Tensor:
 
 
 class RowsByItem:
-    """The rows of a split by item: without a history, all rows of an item have one prompt and share its logit."""
+    """The rows of a split by item. Without a history all rows of an item have the same prompt and the same logit."""
 
     def __init__(self, targets: Targets) -> None:
         self._order = np.argsort(targets.item_B, kind="stable").astype(np.int32)
         counted_I = np.bincount(targets.item_B)
         self._first_I = np.concatenate([[0], np.cumsum(counted_I)])
-        self.items: Int32 = np.flatnonzero(counted_I).astype(np.int32)  # those that have rows
+        self.items: Int32 = np.flatnonzero(counted_I).astype(np.int32)  # items with rows
 
     def of(self, items: Int32) -> tuple[Int32, Int32]:
-        """Return the rows of the items, `(N,)`, and for each row the place of its item among `items`."""
+        """Return the rows of the items, `(N,)`, and for each row the index of its item in `items`, `(N,)`."""
         rows = [self._order[self._first_I[item] : self._first_I[item + 1]] for item in items]
         return np.concatenate(rows), np.repeat(np.arange(len(items), dtype=np.int32), [*map(len, rows)])
 
     def dealt(self, steps: int, size: int, rng: np.random.Generator) -> list[Int32]:
-        """Return `size` distinct items for every step, all if there are fewer, from shuffled passes over the items."""
+        """Return `size` distinct items for every step, or all items if there are fewer.
+
+        Each pass over the items shuffles them and leaves out the last ones if they do not fill a step.
+        """
         size = min(size, len(self.items))
         chosen: list[Int32] = []
         while len(chosen) < steps:

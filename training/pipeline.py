@@ -77,7 +77,7 @@ def fit(
     """Train every stage and write the bundle; returns its validation report. A finished run resumes to its report.
 
     The main process calls `begun` with the data and histories, after the run folder is claimed. With `until` the run
-    ends after that stage, writes no bundle and returns nothing; a resumed run goes on from there.
+    ends after that stage, writes no bundle and returns an empty report; a resumed run continues after that stage.
 
     Raises:
         BundleError: something else is already at `out`.
@@ -214,7 +214,7 @@ def _counts(frames: Iterable[pl.DataFrame], column: str, ids: pl.Series) -> np.n
 
 
 def _outcomes(valid: pl.DataFrame, user_ids: pl.Series) -> list[tuple[Outcome, ...]]:
-    """Return the newest outcomes of each user in valid, oldest first."""
+    """Return each user's newest `MAX_OUTCOMES` outcomes in valid, oldest first."""
     newest = (
         valid.sort("timestamp", maintain_order=True)
         .group_by("user_id", maintain_order=True)

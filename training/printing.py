@@ -1,4 +1,4 @@
-"""What `sella-train` prints of data, stages and evaluations."""
+"""Output of `sella-train`: data, stages and evaluations as tables and sentences."""
 
 from datetime import datetime, timedelta
 from typing import Any
@@ -36,7 +36,7 @@ def show_summary(console: Console, summary: DataSummary) -> None:
 
 
 def show_ties(console: Console, histories: Histories, splits: list[str]) -> None:
-    """Print how many rows the rule of the published files changes, if that rule is chosen."""
+    """If the rule `file-order` is chosen, print how many rows of each split it changes."""
     if histories.ties == "file-order":
         for split in splits:
             touched_B = histories.of_split(split).rule_matters
@@ -49,7 +49,7 @@ def show_ties(console: Console, histories: Histories, splits: list[str]) -> None
 
 
 def show_stages(console: Console, report: dict[str, Any]) -> None:
-    """Print what each stage reached on valid, and how stage 3 compares."""
+    """Print the metrics of each stage on valid, and the difference of stage 3 to the other stages."""
     rows = f"on {report['stage rows']:,} rows of valid"
     table = Table(rows, "AUC", "UAUC", "stage 3 minus it, AUC (95 %)", title="Stages", title_justify="left")
     for name, reached in report["stages"].items():
@@ -60,7 +60,7 @@ def show_stages(console: Console, report: dict[str, Any]) -> None:
 
 
 def show_precision(console: Console, report: dict[str, Any]) -> None:
-    """Print what another number type changes."""
+    """Print how another number type changes the scores and metrics."""
     own, other = report["own"], report["other"]
     console.print(
         f"{report['split']}, {report['rows']} rows: AUC {own['auc']:.5f} in {own['dtype']}, {other['auc']:.5f} in"
@@ -109,7 +109,7 @@ def _moment(seconds: float | None) -> str:
 
 
 def one_line(found: dict[str, float | None]) -> str:
-    """Return a figure and its interval in one line."""
+    """Return a value and its interval on one line."""
     return _interval(found).replace("\n", " ")
 
 

@@ -35,7 +35,7 @@ def new_run(folder: Path, config: Config) -> Run:
     if accelerator.device.type == "cpu":
         # Threads otherwise add up a table's gradients in any order, and no two runs are bit-equal.
         torch.use_deterministic_algorithms(True)
-        # Filling new memory is a check that costs time, and no part of the order.
+        # By default torch then also fills new tensors with NaN. This costs time, and equal runs do not need it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Run(folder, config, accelerator, Console() if Console().is_terminal else Console(width=120))
 

@@ -12,7 +12,7 @@ LIVE = "sella:live:"
 DELETED = LIVE + "deleted"  # a hash: user id -> UTC seconds
 APPLIED = LIVE + "applied"  # a hash: log id -> the seq of its last entry that was applied
 LIKES = LIVE + "likes:"  # + user id, a sorted set: time -> event id, NUL, item id
-OUTCOMES = LIVE + "outcomes:"  # + user id, a sorted set: when shown -> impression's name, state, item id
+OUTCOMES = LIVE + "outcomes:"  # + user id, a sorted set: time shown -> name of the impression, state, item id
 IMPRESSION = LIVE + "impression:"  # + sha1 of the impression's id: its state
 TABLES = LIVE + "tables"  # the number of tables of counts made so far; each table gets the next number
 

@@ -29,8 +29,9 @@ class Features:
 
     `items` are those asked for, whole: only they can be candidates. `history_items` are those that only the stored
     histories and the likes in `live` name; a store may answer them without the vectors behind a candidate's slots.
-    `live` is what the store shares with other servers: likes of the users whose stored history was wanted, outcomes and
-    deletions of any user. `counted` holds the live counts of all servers since the end of the bundle's own counts.
+    `live` holds what other servers shared through the store: likes of the users whose stored history was wanted,
+    outcomes and deletions of all users asked for. `counted` holds the live counts of all servers since the end of the
+    bundle's own counts.
     """
 
     users: Mapping[str, UserFeatures]

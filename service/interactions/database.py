@@ -64,7 +64,7 @@ CREATE TABLE counts (
 ) WITHOUT ROWID;
 CREATE TABLE deletions (user_id TEXT PRIMARY KEY, deleted_at REAL NOT NULL) WITHOUT ROWID;
 """
-# The newest outcomes of a user are read on every request. A log of an earlier version gets the index when it is opened.
+# Every request reads the newest outcomes of its users. Opening a log of an earlier version creates the index there.
 _SHOWN_INDEX = "CREATE INDEX IF NOT EXISTS impressions_shown ON impressions (user_id, shown)"
 
 

@@ -1,10 +1,10 @@
-"""The history to score with: the bundle's, and the likes that came since. And the outcomes of impressions since.
+"""The history to score with: the bundle's and the live likes; the outcomes that several sources know of a user.
 
 The rules. A like that the bundle has already (the same item at the same time: the bundle was trained on an export of
 the log) is not doubled. Every other like stands where its time says, after stored ones of the same time. One that is
 older than the stored tail begins the history if the tail is the whole of it; if there was more before the tail, that
 like may be counted in the stored total already, and no window reaches that far: it is left out. The total grows by what
-was inserted. Of a deleted user the bundle's part is not used, and of likes and outcomes those after the deletion alone.
+was inserted. For a deleted user, only likes and outcomes after the deletion are used, and nothing of the bundle.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,10 +21,10 @@ class MergedUser:
     """A user to score with.
 
     Attributes:
-        features: None for a user of whom nothing is known.
-        likes: how many live likes are in the history.
+        features: None for a user without live likes whom the bundle does not know, or who was deleted.
+        likes: the number of live likes in the history.
         outcomes: the newest live outcomes, oldest first.
-        deleted: whether the user was deleted, so that the bundle's outcomes must not be used.
+        deleted: True if the user was deleted; the bundle's outcomes must then not be used.
     """
 
     features: UserFeatures | None
@@ -44,7 +44,7 @@ def merge_all(
 
 
 def united(*live: LiveUser) -> LiveUser:
-    """Return what several sources know of one user: each event and impression once, the latest deletion."""
+    """Join what several sources know of one user: each event and impression once, the latest deletion."""
     if len(live) == 1:
         return live[0]
     likes = {like.event_id: like for one in live for like in one.likes}
@@ -52,7 +52,7 @@ def united(*live: LiveUser) -> LiveUser:
     impressions: dict[str, KnownOutcome] = {}
     for outcome in (outcome for one in live for outcome in since_deletion(one.outcomes, deleted_at)):
         other = impressions.get(outcome.impression, outcome)
-        # A positive is final, and the earliest time of an impression is when it was shown.
+        # As in the ledger: a positive is final, and an impression was shown at its earliest time.
         impressions[outcome.impression] = outcome._replace(
             shown=min(outcome.shown, other.shown), positive=outcome.positive or other.positive
         )
@@ -60,7 +60,7 @@ def united(*live: LiveUser) -> LiveUser:
 
 
 def since_deletion(outcomes: Iterable[KnownOutcome], deleted_at: float | None) -> tuple[KnownOutcome, ...]:
-    """Return the outcomes of impressions shown after a user's deletion; all of a user who was not deleted."""
+    """Return the outcomes of impressions shown after the deletion; all of them if there was no deletion."""
     return tuple(one for one in outcomes if deleted_at is None or one.shown > deleted_at)
 
 

@@ -160,7 +160,7 @@ class Ledger:
         return dict(self._db.execute("SELECT user_id, deleted_at FROM deletions"))
 
     def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
-        """Return likes, outcomes and deletion of those users of whom there are any."""
+        """Return likes, outcomes and deletion of each user; users with none of them are left out."""
         found = {}
         for user_id in user_ids:
             likes = tuple(
@@ -177,7 +177,7 @@ class Ledger:
         return found
 
     def _outcomes(self, user_id: str) -> tuple[KnownOutcome, ...]:
-        """Return the newest impressions of a user with a known outcome, oldest first."""
+        """Return the newest `MAX_OUTCOMES` known outcomes of a user, oldest first."""
         newest = self._db.execute(
             f"SELECT shown, impression_id, item_id, state FROM impressions WHERE user_id = ? AND state > {PENDING}"
             " ORDER BY shown DESC, impression_id DESC LIMIT ?",

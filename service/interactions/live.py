@@ -17,16 +17,16 @@ class Like:
     item_id: str
 
 
-NAME_DIGITS = 16  # hex digits that tell one user's latest impressions apart
+NAME_DIGITS = 16  # hex digits: enough to distinguish the impressions of one user
 
 
 def impression_name(impression_id: str) -> str:
-    """Return a short name of an impression, the same at every server: the beginning of the sha1 of its id, in hex."""
+    """Return a short name of an impression, equal on all servers: the first hex digits of the sha1 of its id."""
     return sha1(impression_id.encode(), usedforsecurity=False).hexdigest()[:NAME_DIGITS]
 
 
 class KnownOutcome(NamedTuple):
-    """An impression with a known outcome, in the order in which items were shown."""
+    """An impression with a known outcome; sorting orders outcomes by `shown`."""
 
     shown: float  # UTC seconds, the client's
     impression: str  # `impression_name` of its id
@@ -36,10 +36,10 @@ class KnownOutcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LiveUser:
-    """A user's newest likes and outcomes, oldest first, and when the user was deleted, if ever.
+    """A user's newest likes and outcomes, oldest first, and the time of the user's deletion, if any.
 
-    What the user did up to `deleted_at` (UTC seconds) is forgotten, the bundle's part included. `outcomes` are at most
-    `MAX_OUTCOMES`; they may reach back to before the end of a bundle's own counts.
+    Everything up to `deleted_at` (UTC seconds) is forgotten, the bundle's part included. There are at most
+    `MAX_OUTCOMES` outcomes; some may be older than the end of the bundle's own counts.
     """
 
     likes: tuple[Like, ...] = ()

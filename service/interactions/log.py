@@ -26,7 +26,7 @@ __all__ = ["EventConflictError", "EventLog", "LogLimits", "LogUnavailableError",
 T = TypeVar("T")
 
 DISK_S = 10.0  # a disk that takes longer counts as gone; the client sends the same ids again
-USERS_AT_ONCE = 8  # read on the event loop at a time: about two milliseconds, where a thread would cost one user more
+USERS_AT_ONCE = 8  # users read on the event loop before others run, about 2 ms; for one user a thread costs more
 AT_ONCE = 500  # expiries or prunings of one commit, so that interactions do not wait behind them
 
 
@@ -49,8 +49,8 @@ class Position:
 class EventLog:
     """One log file, for one process, used from one event loop.
 
-    Reading never waits for writing, and is fast enough for the event loop: 20 microseconds for a user without
-    events, 300 for one with a hundred likes and ten thousand outcomes, from a file that the system holds in memory.
+    Reading never waits for writing, and is fast enough for the event loop: 20 microseconds for a user without events,
+    300 for a user with a hundred likes and ten thousand outcomes, from a file that the system holds in memory.
     """
 
     def __init__(self, path: Path, limits: LogLimits, clock: Clock, metrics: InteractionMetrics) -> None:
@@ -205,9 +205,10 @@ class EventLog:
             raise LogUnavailableError(f"{self._path}: {error}") from error
 
     async def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
-        """Return likes, outcomes and deletions of users. Without a log there are none: a score does not fail for that.
+        """Return likes, outcomes and deletions of users.
 
-        Who was deleted stays so for this process, whatever becomes of the file.
+        If the log cannot be read, likes and outcomes are missing: the score does not fail. This process keeps the
+        deletions that it knows, even without the file.
         """
         users = list(user_ids)
         found: dict[str, LiveUser] = {}

@@ -39,7 +39,7 @@ def test_outcomes_update_the_live_vector_alone(assembler: Assembler, tables: Tab
         updated = assembler.updated(user, evidence)
         np.testing.assert_array_equal(updated.vector_C, user.vector_C)
         trained_C, seen = (None, 0) if user.cold else (user.vector_C, evidence.impressions)
-        # "i3" is observed once, as the outcome; "i4" is observed as a liked item, for a user without training.
+        # "i3" is observed once, as an outcome. "i4" is observed as a liked item if the user is cold.
         vectors = [np.stack([item.fold_C for item in features(tables, *ids)]) for ids in (("i3", "i5"), ("i4",))]
         expected = assembler.prior.updated(trained_C, seen, vectors[0], np.array([1, 0], np.float32), vectors[1])
         np.testing.assert_array_equal(updated.live_C, expected)

@@ -136,7 +136,7 @@ async def test_outcomes_have_the_state_and_time_of_their_impression(
     i2, i3 = KnownOutcome(NOW + 7, names["i2"], "i2", False), KnownOutcome(NOW + 3, names["i3"], "i3", True)
     before = (i3, KnownOutcome(NOW + 5, names["i1"], "i1", False), i2)
     assert (await live(redis_client, bundle)).outcomes == before
-    # A request with a history of its own gets the outcomes, too.
+    # A request that brings its own history also gets the outcomes.
     asked = Query(frozenset({"u1"}), frozenset(), frozenset())
     told = (await redis_store(redis_client, bundle, Metrics()).look_up(bundle.id, asked)).live["u1"]
     assert (told.outcomes, told.likes) == (before, ())

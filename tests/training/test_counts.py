@@ -68,7 +68,7 @@ def test_live_counts_are_the_rows_strictly_earlier_than_the_delay(
 
 
 def tables_with(outcomes: dict[str, tuple[Outcome, ...]]) -> Tables:
-    """Tables that hold these outcomes and nothing else."""
+    """Return tables that hold only users with these outcomes."""
     nothing = np.zeros((len(outcomes), 1), np.float32)
     ids, zeros = list(outcomes), np.zeros(len(outcomes), np.int64)
     no_items = np.zeros((0, 1), np.float32)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.anyio
 async def test_a_split_replayed_through_the_service_gets_the_scores_of_evaluate_live(
     trained: Trained, bundle: Bundle, scorer: Scorer, tmp_path: Path
 ) -> None:
-    """Then a user is deleted: the user's further events get the scores of a user who was never seen before."""
+    """Then the test deletes a user: later requests get the scores of a user who was never seen before."""
     whole = load_dataset(trained.data)
     test = whole.splits["test"].sort("timestamp", maintain_order=True).head(ROWS)
     assert test["timestamp"][0] > bundle.manifest.counted_until
@@ -61,7 +61,7 @@ async def test_a_split_replayed_through_the_service_gets_the_scores_of_evaluate_
     np.testing.assert_allclose(score_B, scores_of(fusion, replace(known, lm_K=raw_logits(raw_B))), atol=1e-6)
     at_first = known_live(scorer, in_one_second(at_once))
     assert np.abs(scores_of(fusion, at_first) - score_B[:ROWS]).max() > 1e-3  # outcomes do move later scores
-    # Without the outcomes in the users' vectors the scores would differ: for trained, for cold and for deleted users.
+    # Without the update with outcomes the scores would differ: for trained, cold and deleted users.
     static_B = scores_of(fusion, replace(known, lm_K=raw_logits(raw_B), live_user_KC=known.user_KC))
     moved_B = np.abs(static_B - score_B) > 1e-4
     cold_B = known.cold_user_K[:ROWS]
@@ -99,14 +99,14 @@ async def test_with_an_empty_log_the_service_and_the_commands_use_the_outcomes_o
 
 
 def known_live(scorer: Scorer, data: Dataset) -> Known:
-    """Return what `evaluate --live` knows of the test rows."""
+    """Return the fusion's inputs for the test rows, as `evaluate --live` computes them."""
     outcomes = row_outcomes(data, "test", LIVE, scorer.tables)
     scored = score_split(scorer, data, build_histories(data), "test", 2048, outcomes=outcomes)
     return scored.known(row_counts(data, "test", LIVE), live=True)
 
 
 async def replayed(client: httpx.AsyncClient, rows: pl.DataFrame) -> list[tuple[float, float]]:
-    """Ask for the score of each row, then post its outcome, one second after the other; return raw score and score."""
+    """For each second, request the scores of its rows, then post their outcomes; return (raw score, score) by row."""
     served: list[tuple[float, float]] = []
     for moment, together in groupby(rows.iter_rows(named=True), key=lambda one: one["timestamp"]):
         second = list(together)

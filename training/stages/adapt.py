@@ -2,15 +2,15 @@
 
 Table 1: backbone frozen, LoRA trained; no collab vectors yet.
 
-Two additions let a few hundred steps teach something (docs/results.md has the trials):
+The paper does not have these two additions. With them a small model learns in a few hundred steps (docs/results.md):
 
-- Some users like nearly everything, some nearly nothing, and no text tells which. The rows of a user stand together in
-  a step, so this leniency is most of what its gradient says. Training therefore adds the user's own rate of positives
-  to the logit, counted without the row itself: the language model learns what differs between items.
-- Each step also asks many titles without a history. All rows of an item then have the same prompt, so one short branch
-  of a pack learns from all of them.
+- Some users like nearly everything, others nearly nothing, and the text does not show this leniency. The rows of a user
+  are in one step, so leniency dominates the step's gradient. Training therefore adds the log-odds of the user's own
+  rate of positives, counted without the row, to the logit: the language model learns how items differ.
+- Each step also contains many titles without a history. All rows of an item then have the same prompt, so one short
+  branch of a pack learns from all of them.
 
-Shapes: B rows of train, K answers of a forward, N rows of the items of a forward.
+Shapes: B rows of train, N rows that learn from one forward.
 """
 
 import json
@@ -109,7 +109,10 @@ def adapt(run: Run, examples: Examples, source: str | Path, dtype: torch.dtype =
 
 
 def leniency(train: Targets, rates: Rates) -> Tensor:
-    """Return how far each row's user's rate of positives is from the base rate without the row, in log-odds, `(B,)`."""
+    """Return what training adds to each row's logit, `(B,)`.
+
+    It is the log-odds of the user's smoothed rate of positives, counted without the row, minus those of the base rate.
+    """
     impressions_U = np.bincount(train.user_B)
     labels_B = train.label_B.astype(np.int64)
     positives_U = np.bincount(train.user_B, weights=labels_B).astype(np.int64)
@@ -120,20 +123,20 @@ def leniency(train: Targets, rates: Rates) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """One forward of a step: its packs, the rows that learn from it, and the answer that each of them learns from."""
+    """One forward of a step."""
 
     batch: Sequence[tuple[Pack, Int32]]
-    rows_N: Int32
-    answer_N: Int32
-    total: float  # the summed loss is divided by it
+    rows_N: Int32  # the train rows that learn from it
+    answer_N: Int32  # for each row, the index of its logit among the forward's answers
+    total: float  # divisor of the summed loss
 
 
 def step_parts(
     run: Run, examples: Examples, train: Targets, by_item: RowsByItem, groups: list[Int32], items: Int32
 ) -> list[Part]:
-    """Cut a step into forwards: the groups' rows under their histories, and all rows of the items without a history.
+    """Cut a step into forwards: the groups' rows with their histories, and all rows of the items without a history.
 
-    The loss is the mean of both kinds' mean losses.
+    The step's loss is the mean of two mean losses, one for each kind; without items it is that of the groups' rows.
     """
     size, max_tokens = run.config.max_targets, run.config.max_tokens
     packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]

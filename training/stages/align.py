@@ -26,7 +26,7 @@ from training.run import Run, read_tensors, write_tensors
 from training.stages.influence import influence
 from training.stages.text_prior import items_under_text_prior, users_of_labels
 
-LEAST_NOISE = 1e-3  # of an outcome; predictions without any error would make a user's system singular
+LEAST_NOISE = 1e-3  # least noise of an outcome: with zero noise the system in `UserPrior` can be singular
 
 
 @dataclass(frozen=True)
@@ -209,12 +209,10 @@ def fit_prior(
     noises: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0),
     max_rows: int = 20_000,
 ) -> UserPrior:
-    """Fit the Gaussian of trained users, and what a liked item counts as, by folding train users in as if new.
-
-    `with_outcomes` fits the rest.
+    """Fit the Gaussian of trained users, and the target and noise of a liked item, by folding train users in as if new.
 
     Each sampled train row is predicted from its own history alone; the pair of target and noise with the least squared
-    error wins.
+    error wins. `outcome_noise` and `strength` are placeholders: `with_outcomes` fits them.
     """
     mean_C = users_UC[trained_U].mean(0).astype(np.float32)
     covariance_CC = np.atleast_2d(np.cov(users_UC[trained_U].T)).astype(np.float32)
@@ -236,7 +234,7 @@ def fit_prior(
 def errors_without_own_label(
     users_UC: Tensor, items_IC: Tensor, train: Targets, config: AlignConfig
 ) -> NDArray[np.float64]:
-    """Return each label minus stage 2's prediction of it from vectors that lack this label, `(B,)`."""
+    """Return each train label minus stage 2's prediction from vectors fitted without this label, `(B,)`."""
     own_label = influence(users_UC, items_IC, train, config)
     users_BC, items_BC = users_UC[train.user_B] - own_label.user_BC, items_IC[train.item_B] - own_label.item_BC
     errors_B: NDArray[np.float64] = train.label_B.astype(np.float64) - (users_BC * items_BC).sum(-1).double().numpy()
@@ -248,16 +246,16 @@ def with_outcomes(
 ) -> UserPrior:
     """Return the prior with the noise of an outcome and the strength of a trained vector.
 
-    `items_IC` are the trained items' vectors, `errors_B` those of the train labels. Under the covariance S, the
-    variance of a prediction has the mean v = tr(M), M = S C, where C is the second moment of the items. It lies in
-    about d = tr(M)^2 / tr(M^2) dimensions. In one of them n outcomes of variance e leave the share s / (s + n) of the
-    variance, with s = d e / v.
+    `items_IC` are the trained items' vectors; `errors_B` are the errors of `errors_without_own_label`; their weighted
+    mean square is the noise e. Under the covariance S, the variance of a prediction has the mean v = tr(M), M = S C,
+    where C is the second moment of the items. The variance lies in about d = tr(M)^2 / tr(M^2) dimensions. n outcomes
+    leave the share s / (s + n) of it, with s = d e / v (exact if the d dimensions have equal variance).
     """
     noise = float(np.average(errors_B**2, weights=weight_B))
     items = items_IC.astype(np.float64)
     moved_CC = prior.covariance_CC.astype(np.float64) @ (items.T @ items / len(items))
     spread = float(np.trace(moved_CC))
-    # Users who do not differ keep their vectors: any strength does.
+    # If users do not differ, the covariance is zero and no outcome changes a vector: any strength is right.
     dimensions = spread**2 / np.trace(moved_CC @ moved_CC) if spread > 0 else 1.0
     strength = dimensions * noise / spread if spread > 0 else 1.0
     return replace(prior, outcome_noise=round(max(noise, LEAST_NOISE), 6), strength=round(float(strength), 6))

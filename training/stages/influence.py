@@ -34,7 +34,7 @@ class Influence:
 
 
 def influence(users_UC: Tensor, items_IC: Tensor, targets: Targets, config: AlignConfig) -> Influence:
-    """Return the influence of every train row on the two vectors of stage 2 that it meets.
+    """Return the influence of every train row on its user's and its item's vector of stage 2.
 
     Ridge regression on features X with weights W and penalties L has the system A = X'WX + L; leaving out a row x of
     weight w and residual r moves the solution by A^-1 x w r / (1 - w x'A^-1 x) (Cook, 1977).

@@ -83,7 +83,7 @@ def test_the_newest_outcomes_of_all_servers_are_kept() -> None:
 
 def test_outcomes_of_impressions_before_a_deletion_are_not_used_whoever_tells_of_it() -> None:
     before = LiveUser(outcomes=(outcome("p", 1, True), outcome("q", 5, True)))
-    deleted = LiveUser(deleted_at=3.0, outcomes=(outcome("p", 4, False),))  # told of anew after the deletion
+    deleted = LiveUser(deleted_at=3.0, outcomes=(outcome("p", 4, False),))  # shown again after the deletion
     both = merged("u", stored(("a", 1)), united(before, deleted))
     assert both.outcomes == (outcome("p", 4, False), outcome("q", 5, True)) and both.deleted
     alone = merged("u", None, LiveUser(deleted_at=3.0, outcomes=before.outcomes))

@@ -32,7 +32,7 @@ LIVE_AT = HISTORY_END + 1000
 
 
 class Offline:
-    """The score by `Fusion` from the tables, the likes in the user's history, and counts and outcomes kept by hand."""
+    """The score by `Fusion` from the tables, the user's history, and counts and outcomes that the test keeps."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.tables, self.fusion = bundle.tables(), bundle.fusion()
@@ -57,7 +57,7 @@ class Offline:
         self.deleted.add(user_id)
 
     def live_vector(self, user_id: str, shown: list[ItemFeatures]) -> np.ndarray:
-        """Return the posterior mean of the user's vector by its formula, in fp64."""
+        """Return the posterior mean of the user's vector, computed from the formula in fp64."""
         prior, tables = self.tables.prior, self.tables
         user = None if user_id in self.deleted else tables.user(user_id)
         known = [(item, label) for one, label in self.outcomes.get(user_id, [])[-100:] if (item := tables.item(one))]
@@ -88,7 +88,7 @@ class Offline:
         *,
         live: bool = True,
     ) -> float:
-        """`vectors` are the user's static vector and the live one."""
+        """Return the logit of a score. `vectors` are the user's static vector and the live vector."""
         user = None if user_id in self.deleted else self.tables.user(user_id)
         item = self.tables.item(result["item_id"])
         of_user = (user.counts if user else Counts()) + self.users.get(user_id, Counts())
@@ -216,7 +216,7 @@ async def test_a_cold_users_vector_joins_the_outcomes_of_the_bundle_and_of_the_l
     await steps.post("u18", "i1", False)
     steps.offline.saw("u18", "i1", 1, 0)
     await steps.compare("u18", history)
-    await steps.compare("u18", ["i3", "i1"], history=["i3", "i1"])  # observed beside the outcomes
+    await steps.compare("u18", ["i3", "i1"], history=["i3", "i1"])  # likes are observed in addition to the outcomes
     before, after = (steps.offline.live_vector("u18", []) for steps.offline.outcomes["u18"] in ([], [("i1", False)]))
     assert np.abs(before - after).max() > 1e-2
 
