@@ -107,8 +107,16 @@ class Backbone:
         return cast(Tensor, logits)
 
     def embedding_norm(self) -> float:
-        """Return the mean norm of the token embeddings: the scale at which a projected vector enters the prompt."""
-        return float(self.causal_lm.get_input_embeddings().weight.detach().float().norm(dim=-1).mean())
+        """Return the mean norm of the token embeddings."""
+        return float(self._embeddings_VD().norm(dim=-1).mean())
+
+    def embedding_of(self, text: str) -> Tensor:
+        """Return the mean embedding of a text's tokens, `(D,)` fp32."""
+        return self._embeddings_VD()[self.encoder.encode(text)].mean(0)
+
+    def _embeddings_VD(self) -> Tensor:  # noqa: N802
+        weights: Tensor = self.causal_lm.get_input_embeddings().weight
+        return weights.detach().float()
 
     def freeze(self) -> None:
         """Freeze every weight and leave training mode."""

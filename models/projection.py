@@ -51,15 +51,13 @@ class CollabProjection(nn.Module):
         self.spread_C.copy_(spread)
 
     @torch.no_grad()
-    def rescale(self, vectors_BC: Tensor, norm: float) -> None:
-        """Scale the outputs so that `vectors_BC` project to the given mean norm.
+    def start_at(self, vectors_BC: Tensor, neutral_D: Tensor, distance: float) -> None:
+        """Shift and scale the outputs: `vectors_BC` project to the mean `neutral_D` and to a mean distance from it.
 
-        The InfoNCE of stage 2 sees cosines alone and leaves the scale open; it is folded into W2 and b2, so that no
-        further number has to travel with the weights.
+        The InfoNCE of stage 2 sees cosines alone and leaves both open. W2 and b2 take up the change, so no further
+        number has to travel with the weights.
         """
-        factor = norm / self(vectors_BC).norm(dim=-1).mean().clamp_min(1e-12)
-        self.outer.weight.mul_(factor)
-        self.outer.bias.mul_(factor)
+        _start_at(self.outer, self(vectors_BC), neutral_D, distance)
 
 
 class WarmProjection(nn.Module):
@@ -75,11 +73,16 @@ class WarmProjection(nn.Module):
         return out
 
     @torch.no_grad()
-    def rescale(self, semantic_BD: Tensor, norm: float) -> None:
-        """Scale the outputs so that `semantic_BD` project to the given mean norm, like `CollabProjection.rescale`."""
-        factor = norm / self(semantic_BD).norm(dim=-1).mean().clamp_min(1e-12)
-        self.linear.weight.mul_(factor)
-        self.linear.bias.mul_(factor)
+    def start_at(self, semantic_BD: Tensor, neutral_D: Tensor, distance: float) -> None:
+        """Shift and scale the outputs like `CollabProjection.start_at`."""
+        _start_at(self.linear, self(semantic_BD), neutral_D, distance)
+
+
+def _start_at(last: nn.Linear, outputs_BD: Tensor, neutral_D: Tensor, distance: float) -> None:
+    mean_D = outputs_BD.mean(0)
+    factor = distance / (outputs_BD - mean_D).norm(dim=-1).mean().clamp_min(1e-12)
+    last.weight.mul_(factor)
+    last.bias.copy_((last.bias - mean_D) * factor + neutral_D)
 
 
 class Projections(nn.Module):

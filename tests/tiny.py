@@ -183,8 +183,8 @@ def _write_projection(folder: Path, norm: float, seed: int, d_model: int) -> Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
         projections = Projections(D_COLLAB, D_HIDDEN, d_model)
-        projections.collab.rescale(torch.randn(64, D_COLLAB), norm)
-        projections.warm.rescale(torch.randn(64, d_model), norm)
+        projections.collab.start_at(torch.randn(64, D_COLLAB), torch.zeros(d_model), norm)
+        projections.warm.start_at(torch.randn(64, d_model), torch.zeros(d_model), norm)
     save_torch_file(projections.state_dict(), folder / "projection.safetensors")
 
 

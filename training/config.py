@@ -125,7 +125,12 @@ class ProjectConfig(_Frozen):
         " vectors are trained too",
     )
 
-    slot_scale: float = Field(1.0, gt=0, description="norm of a projected vector, in mean token embedding norms")
+    slot_scale: float = Field(
+        0.2,
+        gt=0,
+        description="mean distance at the start between a projected vector and the embedding of a full stop, in mean"
+        " token embedding norms; with long vectors a language model loses what stage 1 taught it",
+    )
     cold_users: float = Field(0.3, ge=0, le=1, description="share of targets whose user is folded in instead")
     cold_items: float = Field(0.1, ge=0, le=1, description="share of targets whose item is mapped from text instead")
     table_rate: float = Field(

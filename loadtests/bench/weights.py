@@ -39,8 +39,8 @@ def make_projections(shape: ModelShape, backbone: Backbone) -> Projections:
     torch.manual_seed(1)
     projections = Projections(D_COLLAB, D_HIDDEN, shape.d_model)
     norm = backbone.embedding_norm()
-    projections.collab.rescale(torch.randn(64, D_COLLAB), norm)
-    projections.warm.rescale(torch.randn(64, shape.d_model), norm)
+    projections.collab.start_at(torch.randn(64, D_COLLAB), torch.zeros(shape.d_model), norm)
+    projections.warm.start_at(torch.randn(64, shape.d_model), torch.zeros(shape.d_model), norm)
     return projections.requires_grad_(False)
 
 

@@ -38,12 +38,14 @@ def test_one_user_alone_is_standardized_too() -> None:
     assert projection(torch.randn(5, 4)).isfinite().all()
 
 
-def test_rescaling_reaches_the_norm_and_keeps_directions() -> None:
+def test_outputs_start_around_the_neutral_embedding_at_the_distance_and_keep_their_differences() -> None:
     torch.manual_seed(0)
     vectors = torch.randn(40, 6)
-    for projection in (CollabProjection(6, 10, 8), WarmProjection(6)):
-        before = projection(vectors).detach()
-        projection.rescale(vectors, 3.5)
+    for projection, width in ((CollabProjection(6, 10, 8), 8), (WarmProjection(6), 6)):
+        before, neutral = projection(vectors).detach(), torch.randn(width)
+        projection.start_at(vectors, neutral, 3.5)
         after = projection(vectors).detach()
-        assert abs(float(after.norm(dim=-1).mean()) - 3.5) < 1e-4
-        torch.testing.assert_close(torch.cosine_similarity(before, after), torch.ones(40))
+        torch.testing.assert_close(after.mean(0), neutral, atol=1e-5, rtol=0)
+        away, was_away = after - neutral, before - before.mean(0)
+        assert abs(float(away.norm(dim=-1).mean()) - 3.5) < 1e-4
+        torch.testing.assert_close(torch.cosine_similarity(away, was_away), torch.ones(40))

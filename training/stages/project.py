@@ -34,6 +34,7 @@ from training.stages.align import Collab
 from training.stages.influence import Influence, influence
 
 KIND = PromptKind.PROJECT
+NEUTRAL = "."  # the text around whose embedding projected vectors start
 LM_WEIGHT = 0.05  # of the language model's logit at the start, and the least
 HEAD_RATE = 5.0  # learning rate of the head, relative to the projections'
 
@@ -152,8 +153,9 @@ class Projected:
 def initial_projections(run: Run, backbone: Backbone, collab: Collab, *, fresh_collab: bool = False) -> Projections:
     """Return the projections stage 3 starts from: stage 2's for collab (or a fresh one), a random one for warm.
 
-    Both are scaled so that a projected vector is as long as a token's embedding: longer, it would drown the prompt's
-    words in the first layers; shorter, it would not be heard.
+    The projected vectors start around the embedding of a full stop, `slot_scale` mean token embeddings away from it.
+    So the prompt reads at first as text whose slots hold nothing, and the language model's answer is what stage 1 has
+    taught it. Random vectors in the slots took its AUC back to chance (docs/results.md).
     """
     torch.manual_seed(derived_seed(run.config.seed, "projections"))
     config = run.config.align
@@ -163,9 +165,10 @@ def initial_projections(run: Run, backbone: Backbone, collab: Collab, *, fresh_c
     users = collab.user_vectors_UC[collab.user_trained_U]
     items = collab.item_vectors_IC[collab.item_trained_I]
     projections.collab.standardize(users, items)
-    norm = run.config.project.slot_scale * backbone.embedding_norm()
-    projections.collab.rescale(items, norm)
-    projections.warm.rescale(collab.semantic_ID, norm)
+    distance = run.config.project.slot_scale * backbone.embedding_norm()
+    neutral_D = backbone.embedding_of(NEUTRAL).cpu()
+    projections.collab.start_at(torch.cat([users, items]), neutral_D, distance)
+    projections.warm.start_at(collab.semantic_ID, neutral_D, distance)
     return projections
 
 
