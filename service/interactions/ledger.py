@@ -180,8 +180,7 @@ class Ledger:
         """Return the newest impressions of a user with a known outcome, oldest first."""
         # One part for each known state, merged in order: the pending impressions, which may be many, are never read.
         parts = (
-            "SELECT shown, impression_id, item_id, state FROM impressions"
-            f" WHERE user_id = ?1 AND state = {state}"
+            f"SELECT shown, impression_id, item_id, state FROM impressions WHERE user_id = ?1 AND state = {state}"
             for state in (NEGATIVE, POSITIVE)
         )
         newest = self._db.execute(
