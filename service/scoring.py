@@ -145,7 +145,7 @@ async def _look_up(
     logged = await live(frozenset(question.user_id for question in questions))
     asked = query(questions, handle.assembler.template, logged)
     found = await handle.store.look_up(handle.bundle_id, asked)
-    merged = merge_all(asked.user_ids, found.users, found.live, logged)
+    merged = await merge_all(asked.user_ids, found.users, found.live, logged)
     users = {one: user.features for one, user in merged.items() if user.features is not None}
     # This server's log may still count a user whom another server has deleted.
     forgotten = {

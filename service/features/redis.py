@@ -6,6 +6,7 @@ records of items in histories. The MGET returns the candidates that this process
 out of what it reads, so this needs one Redis or a replicated one, not a cluster.
 """
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha1
@@ -23,7 +24,7 @@ from service.features.codec import Codec, RecordError
 from service.features.keys import DELETED, LIKES, OUTCOMES, BundleKeys
 from service.features.protocol import Features, Query, StoreHealth
 from service.interactions.counts import NOTHING_COUNTED, Counted
-from service.interactions.live import NAME_DIGITS, KnownOutcome, Like, LiveUser
+from service.interactions.live import NAME_DIGITS, USERS_AT_ONCE, KnownOutcome, Like, LiveUser
 from service.metrics.store import FallbackReason
 
 # KEYS: meta, deletions, prefixes of likes, items, users, tables of counts, outcomes. ARGV: the bundle's id, d_collab,
@@ -128,7 +129,7 @@ class RedisStore:
             }
             self._cache.put(bundle_id, asked)
             items.update((one, item) for one, item in asked.items() if item is not None)
-            users, live = self._users(user_ids, query.histories_of, told[1])
+            users, live = await self._users(user_ids, query.histories_of, told[1])
             counted = NOTHING_COUNTED  # a bundle that was published without a table of counts
             if told[4] is not None:
                 users_told = [counts for *_, counts, _ in told[1]]
@@ -163,18 +164,20 @@ class RedisStore:
             told, *rest = await pipe.execute()
         return told, rest[0] if rest else []
 
-    def _users(
+    async def _users(
         self, user_ids: Sequence[str], histories_of: frozenset[str], told: Sequence[Any]
     ) -> tuple[dict[str, UserFeatures], dict[str, LiveUser]]:
         users: dict[str, UserFeatures] = {}
         live: dict[str, LiveUser] = {}
-        for user_id, (record, deleted, likes, _, outcomes) in zip(user_ids, told, strict=True):
+        for number, (user_id, (record, deleted, likes, _, outcomes)) in enumerate(zip(user_ids, told, strict=True), 1):
             if record is not None:
                 users[user_id] = self._codec.decode_user(user_id, record)
             if deleted is not None or outcomes or user_id in histories_of:
                 live[user_id] = LiveUser(
                     _likes(likes), None if deleted is None else float(deleted), _outcomes(outcomes)
                 )
+            if number % USERS_AT_ONCE == 0:
+                await asyncio.sleep(0)
         return users, live
 
     def _history_items(self, told: Sequence[bytes]) -> Mapping[str, HistoryItem]:

@@ -64,8 +64,8 @@ CREATE TABLE counts (
 ) WITHOUT ROWID;
 CREATE TABLE deletions (user_id TEXT PRIMARY KEY, deleted_at REAL NOT NULL) WITHOUT ROWID;
 """
-# Every request reads the newest outcomes of its users. Opening a log of an earlier version creates the index there.
-_SHOWN_INDEX = "CREATE INDEX IF NOT EXISTS impressions_shown ON impressions (user_id, shown)"
+# The newest outcomes of a user are read on every request. A log of an earlier version gets the index when it is opened.
+_KNOWN_INDEX = "CREATE INDEX IF NOT EXISTS impressions_known ON impressions (user_id, state, shown)"
 
 
 class LogFileError(Exception):
@@ -116,7 +116,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA secure_delete = ON")
         if _pragma(connection, "application_id") == 0:
             _create(connection)
-        connection.execute(_SHOWN_INDEX)
+        connection.execute(_KNOWN_INDEX)
     except sqlite3.OperationalError:
         connection.close()
         raise

@@ -7,11 +7,12 @@ like may be counted in the stored total already, and no window reaches that far:
 was inserted. For a deleted user, only likes and outcomes after the deletion are used, and nothing of the bundle.
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from models.features import MAX_OUTCOMES, UserFeatures
-from service.interactions.live import KnownOutcome, Like, LiveUser
+from service.interactions.live import USERS_AT_ONCE, KnownOutcome, Like, LiveUser
 
 NOBODY = LiveUser()
 
@@ -33,14 +34,19 @@ class MergedUser:
     deleted: bool = False
 
 
-def merge_all(
+async def merge_all(
     user_ids: frozenset[str], stored: Mapping[str, UserFeatures], *live: Mapping[str, LiveUser]
 ) -> dict[str, MergedUser]:
-    """Merge what the bundle has of each user with what each of several sources has come to know since."""
-    return {
-        one: merged(one, stored.get(one), united(*(source[one] for source in live if one in source)))
-        for one in user_ids
-    }
+    """Merge what the bundle has of each user with what each of several sources has come to know since.
+
+    A request of a thousand users takes tenths of a second, so other tasks run in between.
+    """
+    found = {}
+    for number, one in enumerate(user_ids, 1):
+        found[one] = merged(one, stored.get(one), united(*(source[one] for source in live if one in source)))
+        if number % USERS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return found
 
 
 def united(*live: LiveUser) -> LiveUser:
@@ -51,11 +57,12 @@ def united(*live: LiveUser) -> LiveUser:
     deleted_at = max((one.deleted_at for one in live if one.deleted_at is not None), default=None)
     impressions: dict[str, KnownOutcome] = {}
     for outcome in (outcome for one in live for outcome in since_deletion(one.outcomes, deleted_at)):
-        other = impressions.get(outcome.impression, outcome)
-        # As in the ledger: a positive is final, and an impression was shown at its earliest time.
-        impressions[outcome.impression] = outcome._replace(
-            shown=min(outcome.shown, other.shown), positive=outcome.positive or other.positive
-        )
+        other = impressions.setdefault(outcome.impression, outcome)
+        if other != outcome:
+            # A positive is final, and the earliest time of an impression is when it was shown.
+            impressions[outcome.impression] = outcome._replace(
+                shown=min(outcome.shown, other.shown), positive=outcome.positive or other.positive
+            )
     return LiveUser(tuple(sorted(likes.values())), deleted_at, tuple(sorted(impressions.values()))[-MAX_OUTCOMES:])
 
 

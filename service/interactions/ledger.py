@@ -177,11 +177,14 @@ class Ledger:
         return found
 
     def _outcomes(self, user_id: str) -> tuple[KnownOutcome, ...]:
-        """Return the newest `MAX_OUTCOMES` known outcomes of a user, oldest first."""
+        """Return the newest impressions of a user with a known outcome, oldest first."""
+        # One part for each known state, merged in order: the pending impressions, which may be many, are never read.
+        parts = (
+            f"SELECT shown, impression_id, item_id, state FROM impressions WHERE user_id = ?1 AND state = {state}"
+            for state in (NEGATIVE, POSITIVE)
+        )
         newest = self._db.execute(
-            f"SELECT shown, impression_id, item_id, state FROM impressions WHERE user_id = ? AND state > {PENDING}"
-            " ORDER BY shown DESC, impression_id DESC LIMIT ?",
-            (user_id, MAX_OUTCOMES),
+            f"{' UNION ALL '.join(parts)} ORDER BY shown DESC, impression_id DESC LIMIT ?2", (user_id, MAX_OUTCOMES)
         ).fetchall()
         return tuple(
             KnownOutcome(shown, impression_name(impression_id), item_id, state == POSITIVE)

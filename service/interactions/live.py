@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 # Likes kept ready for a prompt, the newest: several windows of the paper's ten. More would never be read.
 MAX_LIKES = 100
+USERS_AT_ONCE = (
+    8  # handled on the event loop at a time: about two milliseconds, where a thread would cost one user more
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)

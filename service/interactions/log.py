@@ -16,7 +16,7 @@ from service.interactions.counts import LiveCounts, LogChange
 from service.interactions.database import LogFileError, open_to_read
 from service.interactions.event import Interaction, LogEntry
 from service.interactions.ledger import CountOf, EventConflictError, Ledger, Resolved, Taken
-from service.interactions.live import LiveUser
+from service.interactions.live import USERS_AT_ONCE, LiveUser
 from service.interactions.shared import Impression
 from service.interactions.writer import LogHealth, LogUnavailableError, Writer
 from service.metrics.interactions import InteractionMetrics
@@ -26,7 +26,6 @@ __all__ = ["EventConflictError", "EventLog", "LogLimits", "LogUnavailableError",
 T = TypeVar("T")
 
 DISK_S = 10.0  # a disk that takes longer counts as gone; the client sends the same ids again
-USERS_AT_ONCE = 8  # users read on the event loop before others run, about 2 ms; for one user a thread costs more
 AT_ONCE = 500  # expiries or prunings of one commit, so that interactions do not wait behind them
 
 

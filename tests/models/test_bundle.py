@@ -99,6 +99,21 @@ def test_stored_outcomes_that_do_not_fit_the_tables_are_named(
         Bundle.open(tmp_path / "other").tables()
 
 
+def test_equal_outcomes_of_a_bundle_are_one_object_in_memory(bundle: Bundle, tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
+        (folder / MANIFEST).unlink()
+        users = pl.read_parquet(folder / "users.parquet")
+        told = {"outcome_items": ["i1", "i2", "i1"], "outcome_labels": [True, False, False]}
+        columns = [pl.Series(name, [value] * users.height, users.schema[name]) for name, value in told.items()]
+        users.with_columns(columns).write_parquet(folder / "users.parquet")
+
+    write_bundle(tmp_path / "other", lambda files: bundle.manifest.model_copy(update={"files": files}), fill)
+    outcomes = Bundle.open(tmp_path / "other").tables().outcomes
+    assert set(outcomes) == {(("i1", True), ("i2", False), ("i1", False))} and len(outcomes) > 1
+    assert len({id(one) for told in outcomes for one in told}) == 3
+
+
 def test_a_missing_a_shortened_and_a_foreign_file_are_named(copied: Path) -> None:
     adapter = copied / "adapter" / "adapter_model.safetensors"
     content = adapter.read_bytes()

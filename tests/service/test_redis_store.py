@@ -1,4 +1,6 @@
+import asyncio
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from models.loading import Bundle
 from service.features.keys import DELETED, LIKES, BundleKeys
 from service.features.protocol import Features, Query
 from service.features.redis import LookUpError
-from service.interactions.live import Like, LiveUser
+from service.interactions.live import USERS_AT_ONCE, KnownOutcome, Like, LiveUser
 from service.metrics.registry import Metrics
 from tests.redis_server import RedisServer
 from tests.service.published import publish, redis_store
@@ -181,3 +183,27 @@ async def test_times_are_exact_through_redis(redis: RedisServer, redis_client: R
         bundle.id, Query(frozenset({"u1"}), frozenset(), frozenset({"u1"}))
     )
     assert found.live["u1"].likes[0].timestamp == time
+
+
+async def test_a_look_up_of_many_users_lets_other_tasks_run_while_it_reads_the_answer(
+    redis: RedisServer, redis_client: Redis, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(redis, bundle)
+    turns = [0]
+    seen: list[int] = []
+
+    async def other() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    def decoded(told: Sequence[bytes]) -> tuple[KnownOutcome, ...]:
+        seen.append(turns[0])
+        return ()
+
+    monkeypatch.setattr("service.features.redis._outcomes", decoded)
+    users = frozenset(f"u{row}" for row in range(4 * USERS_AT_ONCE))
+    task = asyncio.create_task(other())
+    await redis_store(redis_client, bundle, Metrics()).look_up(bundle.id, Query(users, frozenset(), users))
+    task.cancel()
+    assert len(seen) == len(users) and seen[-1] - seen[0] >= 3

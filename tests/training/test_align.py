@@ -239,6 +239,15 @@ def test_the_fold_in_is_fitted_by_what_predicts_train_rows_best(taste: bool) -> 
     assert grid[fitted.target, fitted.noise] == pytest.approx(min(grid.values()), abs=1e-7)
 
 
+def test_with_one_train_user_vectors_are_finite_and_stay_where_they_are() -> None:
+    examples, users_UC, items_IC = two_kinds(taste=True)
+    one_user = np.arange(len(users_UC)) == 0
+    prior = fit_prior(examples, examples.targets("train", 1), users_UC, items_IC, one_user)
+    assert np.array_equal(prior.fold_in(items_IC[:3]), users_UC[0])
+    labels_H = np.array([1, 0, 1], np.float32)
+    assert np.array_equal(prior.updated(users_UC[0], 5, items_IC[:3], labels_H, items_IC[:0]), users_UC[0])
+
+
 def test_a_history_that_tells_taste_is_believed_and_one_that_tells_nothing_is_not() -> None:
     fitted = {}
     for taste in (True, False):

@@ -215,7 +215,8 @@ def fit_prior(
     error wins. `outcome_noise` and `strength` are placeholders: `with_outcomes` fits them.
     """
     mean_C = users_UC[trained_U].mean(0).astype(np.float32)
-    covariance_CC = np.atleast_2d(np.cov(users_UC[trained_U].T)).astype(np.float32)
+    # The covariance of one user is not defined. With zero no vector moves; with NaN no score would be finite.
+    covariance_CC = np.cov(users_UC[trained_U].T, ddof=int(trained_U.sum() > 1)).astype(np.float32)
     rows = np.unique(np.linspace(0, len(train) - 1, min(max_rows, len(train))).astype(int))
     windows = [items_IC[examples.window(train, row)] for row in rows]
     best: tuple[float, UserPrior] | None = None

@@ -1,12 +1,15 @@
 """The history that is scored with: the bundle's and the live likes, as one."""
 
+import asyncio
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.features import MAX_OUTCOMES, UserFeatures
 from service.interactions.histories import MergedUser, merge_all, merged, united
-from service.interactions.live import KnownOutcome, Like, LiveUser
+from service.interactions.live import USERS_AT_ONCE, KnownOutcome, Like, LiveUser
 
 VECTOR = np.ones(2, np.float32)
 
@@ -50,9 +53,10 @@ def test_a_deleted_user_is_as_if_never_heard_of() -> None:
     assert told(back) == (("c",), 1, 1) and back.features is not None and back.features.vector_C is None
 
 
-def test_a_user_without_anything_live_is_the_bundles_own() -> None:
+@pytest.mark.anyio
+async def test_a_user_without_anything_live_is_the_bundles_own() -> None:
     known = stored(("a", 1))
-    assert merge_all(frozenset({"u", "v"}), {"u": known}, {}, {}) == {
+    assert await merge_all(frozenset({"u", "v"}), {"u": known}, {}, {}) == {
         "u": MergedUser(known, 0),
         "v": MergedUser(None, 0),
     }
@@ -89,6 +93,22 @@ def test_outcomes_of_impressions_before_a_deletion_are_not_used_whoever_tells_of
     alone = merged("u", None, LiveUser(deleted_at=3.0, outcomes=before.outcomes))
     assert alone.outcomes == (outcome("q", 5, True),)
     assert not merged("u", None, before).deleted
+
+
+@pytest.mark.anyio
+async def test_merging_many_users_lets_other_tasks_run() -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    await merge_all(frozenset(map(str, range(10 * USERS_AT_ONCE))), {}, {}, {})
+    task.cancel()
+    assert turns >= 10
 
 
 histories = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), max_size=6)
