@@ -110,12 +110,15 @@ class Head(nn.Module):
         self.lm_weight = nn.Parameter(torch.tensor(lm_weight))
 
     def forward(self, lm_K: Tensor, collab_K: Tensor) -> Tensor:
-        """Return the answers' logits, `(K,)`; a weight that a step took below the least is put back to it."""
-        if self.lm_weight.requires_grad:
-            # A clamp in the sum would give the weight no gradient below the least: it could never grow again.
-            self.lm_weight.data.clamp_(min=LM_WEIGHT)
-        logits_K: Tensor = self.slope * collab_K + self.intercept + self.lm_weight * lm_K
+        """Return the answers' logits, `(K,)`."""
+        # The value is clamped and the gradient is not: below the least the weight could otherwise never grow again.
+        lm_weight = self.lm_weight + (self.lm_weight.clamp(min=LM_WEIGHT) - self.lm_weight).detach()
+        logits_K: Tensor = self.slope * collab_K + self.intercept + lm_weight * lm_K
         return logits_K
+
+    def keep_positive(self) -> None:
+        """Put the weight back to the least if a step took it below; every process does so, with or without forwards."""
+        self.lm_weight.data.clamp_(min=LM_WEIGHT)
 
 
 def initial_head(run: Run, collab: Collab, train: Targets, own_label: Influence) -> Head:
@@ -248,6 +251,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     )
     if not loop.restore():
         for groups, cold_B2 in loop.steps():
+            head.keep_positive()
             total = float(train.weight_B[np.concatenate(groups)].sum())
             packs = [(examples.pack(KIND, train, rows), rows) for rows in groups]
             for batch in run.share(list(forwards(packs, run.config.max_tokens))):
