@@ -283,6 +283,14 @@ def test_rows_that_count_more_weigh_more_in_the_noise_and_users_who_do_not_diffe
     assert exact.outcome_noise > 0 and exact.strength > 0
 
 
+def test_predictions_without_any_error_leave_a_trained_user_some_strength() -> None:
+    prior = UserPrior(np.zeros(2, np.float32), np.eye(2, dtype=np.float32), 0.5, 0.5, 1.0, 1.0)
+    items = np.eye(2, dtype=np.float32)
+    fitted = with_outcomes(prior, items, np.zeros(2), np.ones(2, np.float32))
+    assert fitted.strength > 0
+    assert np.isfinite(fitted.updated(prior.mean_C, 0, items, np.ones(2, np.float32), items[:0])).all()
+
+
 def test_the_noise_of_an_outcome_is_of_predictions_that_lack_its_label(collab: Collab, examples: Examples) -> None:
     train, users_UC, items_IC = examples.targets("train", 1), collab.user_vectors_UC, collab.item_vectors_IC
     plain_B = train.label_B - (users_UC[train.user_B] * items_IC[train.item_B]).sum(-1).numpy()

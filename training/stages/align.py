@@ -252,14 +252,14 @@ def with_outcomes(
     where C is the second moment of the items. The variance lies in about d = tr(M)^2 / tr(M^2) dimensions. n outcomes
     leave the share s / (s + n) of it, with s = d e / v (exact if the d dimensions have equal variance).
     """
-    noise = float(np.average(errors_B**2, weights=weight_B))
+    noise = max(float(np.average(errors_B**2, weights=weight_B)), LEAST_NOISE)
     items = items_IC.astype(np.float64)
     moved_CC = prior.covariance_CC.astype(np.float64) @ (items.T @ items / len(items))
     spread = float(np.trace(moved_CC))
     # If users do not differ, the covariance is zero and no outcome changes a vector: any strength is right.
     dimensions = spread**2 / np.trace(moved_CC @ moved_CC) if spread > 0 else 1.0
     strength = dimensions * noise / spread if spread > 0 else 1.0
-    return replace(prior, outcome_noise=round(max(noise, LEAST_NOISE), 6), strength=round(float(strength), 6))
+    return replace(prior, outcome_noise=round(noise, 6), strength=round(float(strength), 6))
 
 
 def _result(tensors: dict[str, Tensor], state: dict[str, float], config: AlignConfig, semantic_ID: Tensor) -> Collab:
