@@ -15,7 +15,7 @@ from models.backbone import BackboneError
 from models.bundle import BundleError
 from models.ids import IdError
 from models.tokens import TokenizerError
-from training.config import Config, ConfigError, load_config
+from training.config import Config, ConfigError, Until, load_config
 from training.data.errors import DataError
 from training.data.history import Histories, Ties
 from training.data.prepare import app as prepare_app
@@ -58,9 +58,7 @@ def fit(
     backbone: BackboneOption = "smollm2-135m",
     config: ConfigOption = None,
     resume: Annotated[bool, typer.Option(help="go on with a run that was stopped")] = False,
-    until: Annotated[
-        Literal["adapt", "align"] | None, typer.Option(help="end after this stage; --resume goes on from there")
-    ] = None,
+    until: Annotated[Until | None, typer.Option(help="end after this stage; --resume goes on from there")] = None,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="instead of the configuration's")] = None,

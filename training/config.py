@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.template import TemplateConfig
 from training.data.history import Ties
 
+Until = Literal["adapt", "align"]  # the stages after which `fit` can end
 TINY = "tiny"  # the name of the stand-in as a backbone
 
 

@@ -35,7 +35,7 @@ from models.projection import Projections
 from models.scoring_model import ScoringModel
 from models.template import Template
 from training.backbones import Base, made_by_the_run, opened_before_the_run
-from training.config import TINY
+from training.config import TINY, Until
 from training.counts import LIVE, counts_by_id, row_outcomes
 from training.data.dataset import Dataset
 from training.data.history import Histories, build_histories
@@ -48,8 +48,6 @@ from training.stages.align import Collab, align
 from training.stages.pretrain import pretrain
 from training.stages.project import initial_projections, project
 from training.verdict import FittedFusion, fit_and_judge
-
-Until = Literal["adapt", "align"]
 
 
 @dataclass(frozen=True)

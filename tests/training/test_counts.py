@@ -49,16 +49,12 @@ def counted(data: Dataset, split: str, known: list[list[dict[str, object]]]) -> 
     return found
 
 
+datasets = st.builds(dataset, train=split, valid=split, test=split)
+
+
 @settings(max_examples=200, deadline=None)
-@given(split, split, split, st.sampled_from([0.0, 0.5, 1.0, 2.0, 100.0]), st.sampled_from(["train", "valid", "test"]))
-def test_live_counts_are_the_rows_strictly_earlier_than_the_delay(
-    train: list[tuple[int, int, bool, float]],
-    valid: list[tuple[int, int, bool, float]],
-    test: list[tuple[int, int, bool, float]],
-    delay: float,
-    name: str,
-) -> None:
-    data = dataset(train=train, valid=valid, test=test)
+@given(datasets, st.sampled_from([0.0, 0.5, 1.0, 2.0, 100.0]), st.sampled_from(["train", "valid", "test"]))
+def test_live_counts_are_the_rows_strictly_earlier_than_the_delay(data: Dataset, delay: float, name: str) -> None:
     everything = [one for part in data.splits.values() for one in part.iter_rows(named=True)]
     known = [
         [other for other in everything if other["timestamp"] < one["timestamp"] - delay]
@@ -85,15 +81,8 @@ STORED = tables_with({"u0": (Outcome("m2", True), Outcome("m1", False)), "u1": (
 
 
 @settings(max_examples=200, deadline=None)
-@given(split, split, split, st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from(["train", "valid", "test"]))
-def test_known_outcomes_are_the_users_rows_of_the_counts_without_train(
-    train: list[tuple[int, int, bool, float]],
-    valid: list[tuple[int, int, bool, float]],
-    test: list[tuple[int, int, bool, float]],
-    delay: float,
-    name: str,
-) -> None:
-    data = dataset(train=train, valid=valid, test=test)
+@given(datasets, st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from(["train", "valid", "test"]))
+def test_known_outcomes_are_the_users_rows_of_the_counts_without_train(data: Dataset, delay: float, name: str) -> None:
     counting = Counting(live=True, delay=delay)
     found = row_outcomes(data, name, counting, STORED)
     later = [one for part in ("valid", "test") for one in data.splits[part].iter_rows(named=True)]

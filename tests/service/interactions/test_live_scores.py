@@ -148,7 +148,7 @@ class Steps:
         window = [item for one in liked if (item := self.offline.tables.item(one)) is not None]
         return self.assembler.user(user, window, len(window)).vector_C, self.offline.live_vector(user_id, window)
 
-    async def compare(self, user_id: str, liked: list[str], **fields: Any) -> None:
+    async def assert_scores(self, user_id: str, liked: list[str], **fields: Any) -> None:
         """`liked` is the history that the prompt shows, for a user without a trained vector."""
         body = {"user_id": user_id, "candidates": CANDIDATES, "explain": True, **fields}
         ranked = (await self.client.post("/rank", json=body)).json()
@@ -172,38 +172,38 @@ async def test_every_acknowledged_interaction_is_in_the_next_score(
     steps = Steps(client, bundle, model)
     offline = steps.offline
     for user_id in ("u0", "u1"):
-        await steps.compare(user_id, [])
+        await steps.assert_scores(user_id, [])
     await steps.post("u0", "i1", False)
     offline.saw("u0", "i1", 1, 0)
-    await steps.compare("u0", [])
+    await steps.assert_scores("u0", [])
     await steps.post("u1", "i1", True)
     offline.saw("u1", "i1", 1, 1)
-    await steps.compare("u0", [])  # another user's outcome counts for the item
-    await steps.compare("u1", [])
+    await steps.assert_scores("u0", [])  # another user's outcome counts for the item
+    await steps.assert_scores("u1", [])
     shown = {"request_id": "r", "position": 1}
     await steps.post("u0", "i2", False, **shown)
     await steps.post("u0", "i2", True, **shown)  # a negative that becomes a positive
     offline.saw("u0", "i2", 1, 1)
-    await steps.compare("u0", [])
+    await steps.assert_scores("u0", [])
     await steps.post("u0", "new", True)  # an item outside the catalogue
     offline.saw("u0", "new", 1, 1)
-    await steps.compare("u0", [])
+    await steps.assert_scores("u0", [])
     await steps.post("u0", "i39", True, at=HISTORY_END - 100)  # the bundle's own counts may have it
-    await steps.compare("u0", [])
-    await steps.compare("u0", ["i3", "i4"], history=["i3", "i4"])  # a request's history changes no count
+    await steps.assert_scores("u0", [])
+    await steps.assert_scores("u0", ["i3", "i4"], history=["i3", "i4"])  # a request's history changes no count
 
 
 async def test_a_user_unknown_to_the_bundle_counts_from_the_first_outcome(
     client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel
 ) -> None:
     steps = Steps(client, bundle, model)
-    await steps.compare("stranger", [])
+    await steps.assert_scores("stranger", [])
     await steps.post("stranger", "i2", True)
     steps.offline.saw("stranger", "i2", 1, 1)
-    await steps.compare("stranger", ["i2"])
+    await steps.assert_scores("stranger", ["i2"])
     await steps.post("stranger", "i1", False)
     steps.offline.saw("stranger", "i1", 1, 0)
-    await steps.compare("stranger", ["i2"])
+    await steps.assert_scores("stranger", ["i2"])
 
 
 async def test_a_cold_users_vector_joins_the_outcomes_of_the_bundle_and_of_the_log(
@@ -212,11 +212,13 @@ async def test_a_cold_users_vector_joins_the_outcomes_of_the_bundle_and_of_the_l
     steps = Steps(client, bundle, model)
     history = list(steps.offline.tables.histories[18])
     assert steps.offline.outcomes["u18"] and not steps.offline.tables.user_trained_U[18]
-    await steps.compare("u18", history)
+    await steps.assert_scores("u18", history)
     await steps.post("u18", "i1", False)
     steps.offline.saw("u18", "i1", 1, 0)
-    await steps.compare("u18", history)
-    await steps.compare("u18", ["i3", "i1"], history=["i3", "i1"])  # likes are observed in addition to the outcomes
+    await steps.assert_scores("u18", history)
+    await steps.assert_scores(
+        "u18", ["i3", "i1"], history=["i3", "i1"]
+    )  # likes are observed in addition to the outcomes
     before, after = (steps.offline.live_vector("u18", []) for steps.offline.outcomes["u18"] in ([], [("i1", False)]))
     assert np.abs(before - after).max() > 1e-2
 
@@ -248,17 +250,17 @@ async def test_an_impression_counts_once_its_time_has_passed(
 ) -> None:
     steps = Steps(client, bundle, model)
     event_id = await steps.post("u2", "i1", None)
-    await steps.compare("u2", [])
+    await steps.assert_scores("u2", [])
     until = time.monotonic() + 10
     while not serving.bundles.current.counts.of(["u2"], []).users:
         assert time.monotonic() < until
         await asyncio.sleep(0.05)
     steps.offline.saw("u2", "i1", 1, 0)
-    await steps.compare("u2", [])
+    await steps.assert_scores("u2", [])
     steps.number -= 1  # the same event, with its outcome
     assert await steps.post("u2", "i1", True) == event_id
     steps.offline.saw("u2", "i1", 0, 1)
-    await steps.compare("u2", [])
+    await steps.assert_scores("u2", [])
 
 
 async def test_a_deleted_user_has_no_counts_and_the_items_keep_theirs(
@@ -269,11 +271,11 @@ async def test_a_deleted_user_has_no_counts_and_the_items_keep_theirs(
     steps.offline.saw("u1", "i1", 1, 1)
     assert (await client.delete("/users/u1")).status_code == 200
     steps.offline.forgets("u1")
-    await steps.compare("u1", [])
-    await steps.compare("u0", [])
+    await steps.assert_scores("u1", [])
+    await steps.assert_scores("u0", [])
     await steps.post("u1", "i2", True, at=time.time() + 10)
     steps.offline.saw("u1", "i2", 1, 1)
-    await steps.compare("u1", ["i2"])
+    await steps.assert_scores("u1", ["i2"])
 
 
 async def test_parts_are_there_only_where_they_are_asked_for(client: httpx.AsyncClient) -> None:
