@@ -86,9 +86,9 @@ class AdaptConfig(_Frozen):
         " model learns how items differ",
     )
     # At 1e-4 a small model's AUC stays at chance. The first gradients are large, because the model at first favours one
-    # answer for nearly every row: AdamW's second moment must forget them. 300 steps limit the time on a CPU.
+    # answer for nearly every row: AdamW's second moment must forget them. 400 steps limit the time on a CPU.
     schedule: ScheduleConfig = ScheduleConfig(
-        epochs=1, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=300, second_moment=0.95
+        epochs=1, learning_rate=1e-3, evaluations_per_epoch=2, max_steps=400, second_moment=0.95
     )
 
 
