@@ -94,8 +94,8 @@ class Assembler:
             titles_cut=sum(title.cut > 0 for title in titles),
         )
 
-    def updated(self, user: AssembledUser, evidence: Evidence) -> AssembledUser:
-        """Return the user with a live vector updated with known outcomes.
+    def updated(self, user: AssembledUser, evidence: Evidence, at: float) -> AssembledUser:
+        """Return the user with a live vector updated with known outcomes, for a score at a moment (UTC seconds).
 
         A cold user's history items are observed too. An item with a positive outcome in the evidence is then observed
         only as outcome.
@@ -106,6 +106,8 @@ class Assembler:
             evidence.impressions,
             evidence.items_HC,
             evidence.labels_H,
+            evidence.times_H,
+            at,
             _stack(liked, len(self.prior.mean_C)),
         )
         return replace(user, live_C=live_C)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+NO_TIMES = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,17 @@ class UserPrior:
     observed as `target` instead, with variance `noise`: the two are fitted on train users treated as new. Impressions
     with a known outcome include the negatives: each is observed as its label, 1 or 0, with variance `outcome_noise`.
 
+    A user's bias also drifts: some users like nearly everything that they see today, and little of it next week. The
+    drift is a stationary Ornstein-Uhlenbeck process: its covariance at two moments is `drift_variance` times
+    exp(-seconds between them / `drift_seconds`). Recent outcomes therefore say more about the moment of the score.
+
     Attributes:
         mean_C: the mean of the trained users' vectors.
         covariance_CC: their covariance; zero in the constant dimension.
         outcome_noise: the variance of a label around stage 2's prediction without this label.
         strength: the number of train impressions after which half of the covariance is left.
+        drift_variance: the variance of the drift of a user's bias; 0 for no drift.
+        drift_seconds: the time after which the drift's correlation is 1 / e.
     """
 
     mean_C: Floats
@@ -32,15 +39,27 @@ class UserPrior:
     noise: float
     outcome_noise: float
     strength: float
+    drift_variance: float = 0.0
+    drift_seconds: float = 1.0
 
     def fold_in(self, liked_LC: Floats) -> Floats:
         """Return the posterior mean of a user who liked these items, `(C,)`; the prior mean for none."""
         return self._posterior(self.mean_C, 1.0, liked_LC, *self._liked(len(liked_LC)))
 
     def updated(
-        self, vector_C: Floats | None, impressions: int, items_HC: Floats, labels_H: Floats, liked_LC: Floats
+        self,
+        vector_C: Floats | None,
+        impressions: int,
+        items_HC: Floats,
+        labels_H: Floats,
+        times_H: NDArray[np.float64],
+        at: float,
+        liked_LC: Floats,
     ) -> Floats:
         """Return a user's vector, `(C,)`, updated with impressions that have a known outcome.
+
+        `times_H` are the impressions' times and `at` is the moment of the score, UTC seconds; at infinity the drift
+        is over.
 
         For a trained user, `vector_C` is the trained vector and `impressions` the number of train impressions in it:
         the more of them, the smaller the remaining variance. `liked_LC` is not used. For a cold user, `vector_C` is
@@ -50,24 +69,41 @@ class UserPrior:
         noise_H = np.full(len(items_HC), self.outcome_noise, np.float32)
         if vector_C is not None:
             left = self.strength / (self.strength + impressions)
-            return self._posterior(vector_C, left, items_HC, labels_H, noise_H)
+            return self._posterior(vector_C, left, items_HC, labels_H, noise_H, times_H, at)
         target_L, noise_L = self._liked(len(liked_LC))
-        observed, noise = np.concatenate([target_L, labels_H]), np.concatenate([noise_L, noise_H])
-        return self._posterior(self.mean_C, 1.0, np.concatenate([liked_LC, items_HC]), observed, noise)
+        observed, noise = np.concatenate([labels_H, target_L]), np.concatenate([noise_H, noise_L])
+        return self._posterior(self.mean_C, 1.0, np.concatenate([items_HC, liked_LC]), observed, noise, times_H, at)
+
+    def drift(self, between: NDArray[np.float64]) -> Floats:
+        """Return the covariance of the drift at moments that are these seconds apart; same shape."""
+        return np.asarray(self.drift_variance * np.exp(-np.abs(between) / self.drift_seconds), np.float32)
 
     def _liked(self, count: int) -> tuple[Floats, Floats]:
         """Return the observed value and the variance of `count` liked items, `(L,)` each."""
         return np.full(count, self.target, np.float32), np.full(count, self.noise, np.float32)
 
-    def _posterior(self, mean_C: Floats, left: float, items_HC: Floats, observed_H: Floats, noise_H: Floats) -> Floats:
-        """Return u = m + S V' (V S V' + N)^-1 (y - V m), `(C,)`, where S is `left` times the covariance.
+    def _posterior(
+        self,
+        mean_C: Floats,
+        left: float,
+        items_HC: Floats,
+        observed_H: Floats,
+        noise_H: Floats,
+        times_A: NDArray[np.float64] = NO_TIMES,
+        at: float = np.inf,
+    ) -> Floats:
+        """Return u = m + (S V' + d) (V S V' + D + N)^-1 (y - V m), `(C,)`, where S is `left` times the covariance.
 
-        This form does not invert S, which is singular.
+        D is the drift's covariance between the first A observations, whose times are given; d, in the dimension of the
+        bias, is its covariance between them and the moment `at`. This form does not invert S, which is singular.
         """
         if len(items_HC) == 0:
             return mean_C
         gain_CH = np.float32(left) * (self.covariance_CC @ items_HC.T)
         system_HH = items_HC @ gain_CH + np.diag(noise_H)
+        timed = len(times_A)
+        system_HH[:timed, :timed] += self.drift(np.subtract.outer(times_A, times_A))
+        gain_CH[-2, :timed] += self.drift(at - times_A)  # a vector ends in b_u, 1
         residual_H = observed_H - items_HC @ mean_C
         posterior_C: Floats = (mean_C + gain_CH @ np.linalg.solve(system_HH, residual_H)).astype(np.float32)
         return posterior_C

@@ -23,6 +23,7 @@ class Outcome(NamedTuple):
 
     item_id: str
     positive: bool
+    shown: float  # UTC seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,14 @@ class Evidence:
         positives: the ids of the items with a positive outcome.
         items_HC: stage 2's vectors of the outcomes' items.
         labels_H: 1 for a positive outcome, 0 for a negative one.
+        times_H: when each item was shown, UTC seconds.
     """
 
     impressions: int
     positives: frozenset[str]
     items_HC: Floats
     labels_H: Floats
+    times_H: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,7 @@ class Tables:
             positives=frozenset(one.item_id for one in known if one.positive),
             items_HC=np.asarray(self.fold_vectors_IC[[self._item_rows[one.item_id] for one in known]]),
             labels_H=np.array([one.positive for one in known], np.float32),
+            times_H=np.array([one.shown for one in known], np.float64),
         )
 
     def unseen_item(self, item_id: str, title: str, semantic_D: Floats) -> ItemFeatures:

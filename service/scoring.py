@@ -215,7 +215,7 @@ def _outcomes(user_id: str, user: MergedUser, handle: BundleHandle) -> list[Outc
     """Return the bundle's outcomes of a user, then the live outcomes after the end of the bundle's own counts."""
     stored = () if user.deleted else handle.tables.stored_outcomes(user_id)
     since = (one for one in user.outcomes if one.shown > handle.counts.until)
-    return [*stored, *(Outcome(one.item_id, one.positive) for one in since)]
+    return [*stored, *(Outcome(one.item_id, one.positive, one.shown) for one in since)]
 
 
 class _Updates:
@@ -225,7 +225,7 @@ class _Updates:
     """
 
     def __init__(self, merged: Mapping[str, MergedUser], handle: BundleHandle) -> None:
-        self._assembler = handle.assembler
+        self._assembler, self._at = handle.assembler, time.time()
         self._evidence = {
             one: handle.tables.evidence(one, _outcomes(one, user, handle)) for one, user in merged.items()
         }
@@ -235,7 +235,7 @@ class _Updates:
         """Return the user of one question with an updated live vector."""
         if user_id in self._trained:
             return replace(user, live_C=self._trained[user_id])
-        updated = self._assembler.updated(user, self._evidence[user_id])
+        updated = self._assembler.updated(user, self._evidence[user_id], self._at)
         if not user.cold:
             self._trained[user_id] = updated.live_C
         return updated

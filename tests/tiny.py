@@ -235,7 +235,10 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
     save_file(collab, folder / "collab.safetensors")
     save_file(semantic, folder / "semantic.safetensors")
     (folder / "fold_in.json").write_text(
-        json.dumps({"target": 1.0, "noise": 0.5, "outcome_noise": 0.4, "strength": 12.0})
+        json.dumps(
+            {"target": 1.0, "noise": 0.5, "outcome_noise": 0.4, "strength": 12.0}
+            | {"drift_variance": 0.3, "drift_seconds": 30 * DAY_S}
+        )
     )
     known_rng = np.random.default_rng(seed + 4)
     _write_fusion(folder, known_rng)
@@ -256,6 +259,7 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
     # Outcomes in valid: "u0" has as many as a bundle keeps, the last user but one has four, the last user none.
     known = [100, *known_rng.integers(0, 6, size=max(0, size.users - 3)).tolist(), 4, 0][-size.users :]
     outcomes = [[(item_ids[i], i % 3 > 0) for i in known_rng.integers(0, size.items, size=one)] for one in known]
+    shown = [[HISTORY_END - DAY_S * (one - place) / 4 for place in range(one)] for one in known]
     seen = known_rng.integers(1, 30, size=size.users)
     seen[size.users - size.cold_users :] = 0
     pl.DataFrame(
@@ -267,6 +271,7 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
             "history_total": totals,
             "outcome_items": pl.Series([[one for one, _ in told] for told in outcomes], dtype=pl.List(pl.String)),
             "outcome_labels": pl.Series([[one for _, one in told] for told in outcomes], dtype=pl.List(pl.Boolean)),
+            "outcome_times": pl.Series(shown, dtype=pl.List(pl.Float64)),
             "train_impressions": seen,
             **counts,
         }

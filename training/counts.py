@@ -83,13 +83,14 @@ class RowOutcomes:
     """The outcomes of the row's user that are known at each row of a split, without those in train.
 
     Attributes:
-        items_N, labels_N: item ids and labels of all outcomes, ordered by user, then by time.
+        items_N, labels_N, times_N: item ids, labels and times of all outcomes, ordered by user, then by time.
         first_B, end_B: a row's outcomes are `first_B` to `end_B` of these (end excluded).
         stored_B: the bundle's outcomes of the row's user, older than all others; None if they are not used.
     """
 
     items_N: pl.Series
     labels_N: NDArray[np.bool_]
+    times_N: NDArray[np.float64]
     first_B: Counted
     end_B: Counted
     stored_B: Sequence[tuple[Outcome, ...]] | None
@@ -97,7 +98,7 @@ class RowOutcomes:
     def of(self, row: int) -> tuple[Outcome, ...]:
         """Return the newest outcomes known at a row, oldest first, at most `MAX_OUTCOMES`."""
         known = slice(max(int(self.first_B[row]), int(self.end_B[row]) - MAX_OUTCOMES), int(self.end_B[row]))
-        found = map(Outcome, self.items_N[known].to_list(), self.labels_N[known].tolist())
+        found = map(Outcome, self.items_N[known].to_list(), self.labels_N[known].tolist(), self.times_N[known].tolist())
         stored = () if self.stored_B is None else self.stored_B[row]
         return (*stored, *found)[-MAX_OUTCOMES:]
 
@@ -114,11 +115,12 @@ def row_outcomes(dataset: Dataset, split: str, counting: Counting, tables: Table
     rows = (dataset.splits[name].select(columns) for name in splits if name != "train")
     known = pl.concat([frame.select(columns).clear(), *rows])
     code_N, code_B = _codes(known["user_id"], frame["user_id"])
-    order_N, first_B, end_B = _before(code_N, known["timestamp"].to_numpy(), code_B, before_B)
+    times_N, labels_N = known["timestamp"].to_numpy(), known["label"].to_numpy() > 0
+    order_N, first_B, end_B = _before(code_N, times_N, code_B, before_B)
     stored_B = None
     if counting.live and "train" not in dataset.splits:
         stored_B = [tables.stored_outcomes(one) for one in frame["user_id"]]
-    return RowOutcomes(known["item_id"][order_N], known["label"].to_numpy()[order_N] > 0, first_B, end_B, stored_B)
+    return RowOutcomes(known["item_id"][order_N], labels_N[order_N], times_N[order_N], first_B, end_B, stored_B)
 
 
 def counted_before(

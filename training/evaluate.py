@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from models.assembly import AssembledUser, Assembler, history_window
@@ -57,8 +58,12 @@ class Scorer:
         return self.updated(user_id, self.user(user, history, total))
 
     def updated(self, user_id: str, user: AssembledUser) -> AssembledUser:
-        """Return the user with a live vector updated with the bundle's outcomes, as in a service with an empty log."""
-        return self.assembler.updated(user, self.tables.evidence(user_id, self.tables.stored_outcomes(user_id)))
+        """Return the user with a live vector updated with the bundle's outcomes, as in a service with an empty log.
+
+        The drift that these outcomes show is over: they are older than the score by far more than it lasts.
+        """
+        evidence = self.tables.evidence(user_id, self.tables.stored_outcomes(user_id))
+        return self.assembler.updated(user, evidence, at=np.inf)
 
     def user_counts(self, user_id: str) -> Counts:
         """Return the bundle's counts of a user; zero for an unknown user."""
@@ -135,6 +140,7 @@ def score_split(
     item_ids = dataset.items["item_id"].to_list()
     items = scorer.items(dict(zip(item_ids, dataset.items["title"].to_list(), strict=True)))
     user_ids = frame["user_id"].to_list()
+    times_B = frame["timestamp"].cast(pl.Float64).to_list()
     width = len(scorer.tables.prior.mean_C)
     scored = ScoredSplit(
         raw_B=np.empty(frame.height, np.float32),
@@ -158,7 +164,7 @@ def score_split(
             if outcomes is not None and scored.live_user_BC is not None:
                 for row in run.tolist():
                     evidence = scorer.tables.evidence(user_ids[row], outcomes.of(row))
-                    scored.live_user_BC[row] = scorer.assembler.updated(user, evidence).live_C
+                    scored.live_user_BC[row] = scorer.assembler.updated(user, evidence, times_B[row]).live_C
             groups.append(scorer.assembler.group(user, [items[item_ids[row]] for row in rows.item_row[run]]))
         for run, scores in zip(runs, scorer.model.score(groups, max_tokens), strict=True):
             scored.raw_B[run] = scores

@@ -6,10 +6,15 @@ model, one for both rates. Static counts and live counts get separate fits. Stat
 collaborative prediction, which comes from the same labels. So the smaller model of static counts has no rates, and the
 cold flags have weight zero.
 
+With live counts the log-loss alone rewards the order of users more than the order of one user's items, which `/rank`
+serves. The two disagree: a user's rate is counted without the row, so it is lower before a like than before a dislike.
+So the loss with live counts has a second term, over pairs of a positive and a negative row of the same user. Afterwards
+the logits are calibrated again, by one intercept and one factor.
+
 A row that fits the weights must not judge them. `cross_fitted` scores each row of valid by weights that were fitted on
 other users' rows.
 
-Shapes: B rows of valid, N rows of a fit, J inputs, S weights of the smaller model, U users, F folds.
+Shapes: B rows of valid, N rows of a fit, P pairs of rows, J inputs, S weights of the smaller model, U users, F folds.
 """
 
 from dataclasses import dataclass
@@ -30,6 +35,9 @@ PENALTY_ROWS = 5.0  # the penalty on each weight of the smaller model, in rows
 PENALTY_USERS = 2.0
 # The penalty on cold flags, relative: a weight fitted on a few cold users seldom holds for others.
 COLD_PENALTY = 50.0
+PAIR_WEIGHT = 1.0  # weight of the loss over pairs; a user's pairs together count as many rows as the user has
+# Of a user with more pairs, so many for each row are drawn at random; fewer where all rows would make more than MAX_PAIRS.
+PAIRS_PER_ROW, MAX_PAIRS = 16, 500_000
 LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # with fewer, the ten weights would be noise
 FOLDS = 5
 REPLICATES = 300
@@ -81,7 +89,9 @@ def fit_weights(known: Known, labels_B: NDArray[np.number], users_B: NDArray[np.
     """
     design = _Design.of(known, labels_B, users_B, rates)
     fitted = _fit(design, rates)
-    low_J, high_J = _intervals(design, fitted) if fitted.penalised else (fitted.weights_J, fitted.weights_J)
+    low_J = high_J = fitted.weights_J
+    if fitted.minimum is not None:
+        low_J, high_J = _intervals(design, fitted.minimum)
     rounded = [np.round(one, 6) for one in (fitted.weights_J, low_J, high_J)]
     return Weights(
         intercept=round(fitted.intercept, 6),
@@ -142,6 +152,25 @@ class _Design:
     def only(self, chosen_N: NDArray[np.bool_]) -> "_Design":
         return _Design(self.inputs_NJ[chosen_N], self.labels_N[chosen_N], self.user_N[chosen_N], self.live)
 
+    def pairs(self) -> "_Pairs":
+        """Return pairs of a positive and a negative row of the same user."""
+        order = np.argsort(self.user_N, kind="stable")
+        rng = np.random.default_rng(len(order))
+        per_row = max(1, min(PAIRS_PER_ROW, MAX_PAIRS // max(1, len(order))))
+        chosen = []
+        for rows in np.split(order, np.flatnonzero(np.diff(self.user_N[order])) + 1):
+            positive, negative = rows[self.labels_N[rows]], rows[~self.labels_N[rows]]
+            count = len(positive) * len(negative)
+            if count > per_row * len(rows):
+                place = rng.integers(count, size=per_row * len(rows))
+            else:
+                place = np.arange(count)
+            if count:
+                weight = np.full(len(place), PAIR_WEIGHT * len(rows) / len(place))
+                chosen.append((positive[place % len(positive)], negative[place // len(positive)], weight))
+        nothing = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+        return _Pairs(*(np.concatenate(parts) for parts in zip(nothing, *chosen, strict=True)))
+
     @property
     def smaller(self) -> list[NDArray[np.bool_]]:
         """The inputs, `(J,)`, of each weight of the smaller model."""
@@ -161,17 +190,35 @@ class _Design:
 
 
 @dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a positive and a negative row of one user, `(P,)`, and the weight of each in the loss."""
+
+    positive_P: NDArray[np.integer]
+    negative_P: NDArray[np.integer]
+    weight_P: Doubles
+
+
+@dataclass(frozen=True)
 class _Fitted:
     intercept: float
     weights_J: Doubles
-    penalised: "_Penalised | None" = None  # None where nothing was fitted
+    minimum: "_Minimum | None" = None  # None where nothing was fitted
 
     def logits(self, inputs_NJ: Doubles) -> Doubles:
         return np.asarray(self.intercept + inputs_NJ @ self.weights_J)
 
 
+@dataclass(frozen=True)
+class _Minimum:
+    """The minimum of a loss before the calibration, and the calibration's factor, which the weights contain."""
+
+    model: "_Penalised"
+    weights: Doubles
+    factor: float
+
+
 class _Penalised:
-    """A logistic loss over standardised inputs, with its penalty: a function of [intercept, weights]."""
+    """A logistic loss over standardised inputs and pairs, with its penalty: a function of [intercept, weights]."""
 
     def __init__(
         self,
@@ -180,6 +227,7 @@ class _Penalised:
         prior_J: Doubles,
         bounds_J: tuple[Doubles, Doubles],
         penalty_rows_J: Doubles,
+        pairs: _Pairs | None = None,
     ) -> None:
         self.mean_J = inputs_NJ.mean(axis=0)
         spread_J = inputs_NJ.std(axis=0)
@@ -187,6 +235,9 @@ class _Penalised:
         self.spread_J = np.where(spread_J > 1e-9, spread_J, 1.0)
         self.inputs_NJ = np.column_stack([np.ones(len(inputs_NJ)), (inputs_NJ - self.mean_J) / self.spread_J])
         self.labels_N = labels_N
+        self.pairs = pairs
+        if pairs is not None:  # the intercept cancels
+            self.apart_PJ = self.inputs_NJ[pairs.positive_P] - self.inputs_NJ[pairs.negative_P]
         self.prior = np.concatenate([[0.0], prior_J * self.spread_J])
         # A row weighs at most 1/4 in the curvature of a logistic loss. The intercept is not penalised.
         self.penalty = np.concatenate([[0.0], penalty_rows_J / 4])
@@ -201,16 +252,27 @@ class _Penalised:
         away = weights - self.prior
         loss = np.logaddexp(0, signed_N).sum() + (self.penalty * away**2).sum() / 2
         gradient = self.inputs_NJ.T @ self.residuals(weights) + self.penalty * away
+        if self.pairs is not None:
+            loss += (self.pairs.weight_P * np.logaddexp(0, -self.apart_PJ @ weights)).sum()
+            gradient += self.apart_PJ.T @ self.pair_residuals(weights)
         return float(loss / len(logits_N)), gradient / len(logits_N)
 
     def residuals(self, weights: Doubles) -> Doubles:
         return np.asarray(expit(self.inputs_NJ @ weights) - self.labels_N)
 
+    def pair_residuals(self, weights: Doubles) -> Doubles:
+        assert self.pairs is not None
+        return np.asarray(-self.pairs.weight_P * expit(-self.apart_PJ @ weights))
+
     def curvature(self, weights: Doubles) -> Doubles:
         """Return the Hessian of the summed loss and penalty."""
         chance_N = expit(self.inputs_NJ @ weights)
         weighted_NJ = self.inputs_NJ * (chance_N * (1 - chance_N))[:, None]
-        return np.asarray(weighted_NJ.T @ self.inputs_NJ + np.diag(self.penalty))
+        curvature = weighted_NJ.T @ self.inputs_NJ + np.diag(self.penalty)
+        if self.pairs is not None:
+            chance_P = expit(self.apart_PJ @ weights)
+            curvature += (self.apart_PJ.T * (self.pairs.weight_P * chance_P * (1 - chance_P))) @ self.apart_PJ
+        return np.asarray(curvature)
 
     def minimum(self) -> Doubles:
         bounds = list(zip(self.low, self.high, strict=True))
@@ -240,8 +302,20 @@ def _fit(design: _Design, rates: Rates) -> _Fitted:
     cold_low, cold_high = (-np.inf, np.inf) if design.live else (0.0, 0.0)
     bounds_J = np.where(COLD, cold_low, 0.0), np.where(COLD, cold_high, np.inf)
     penalty_rows_J = design.penalty_rows * np.where(COLD, COLD_PENALTY, 1.0)
-    whole = _Penalised(design.inputs_NJ, design.labels_N, prior_J, bounds_J, penalty_rows_J)
-    return _Fitted(*whole.unscaled(whole.minimum()), whole)
+    pairs = design.pairs() if design.live else None
+    whole = _Penalised(design.inputs_NJ, design.labels_N, prior_J, bounds_J, penalty_rows_J, pairs)
+    minimum = whole.minimum()
+    intercept, weights_J = whole.unscaled(minimum)
+    offset, factor = _calibration(intercept + design.inputs_NJ @ weights_J, design.labels_N)
+    return _Fitted(offset + factor * intercept, factor * weights_J, _Minimum(whole, minimum, factor))
+
+
+def _calibration(logits_N: Doubles, labels_N: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the intercept and the factor, not negative, that make logits fit their labels best."""
+    bounds = np.zeros(1), np.full(1, np.inf)
+    model = _Penalised(logits_N[:, None], labels_N, np.ones(1), bounds, np.full(1, PENALTY_ROWS))
+    offset, [factor] = model.unscaled(model.minimum())
+    return offset, float(factor)
 
 
 def _prior(rates: Rates) -> _Fitted:
@@ -254,27 +328,33 @@ def _prior(rates: Rates) -> _Fitted:
     return _Fitted(float(intercept), COLLAB * slope / 2 + LM * 0.5)
 
 
-def _intervals(design: _Design, fitted: _Fitted, seed: int = 0) -> tuple[Doubles, Doubles]:
-    """Return the 2.5 % and 97.5 % percentiles of every weight over a bootstrap of users."""
-    model = fitted.penalised
-    assert model is not None
-    center = np.concatenate([[fitted.intercept + fitted.weights_J @ model.mean_J], fitted.weights_J * model.spread_J])
+def _intervals(design: _Design, minimum: _Minimum, seed: int = 0) -> tuple[Doubles, Doubles]:
+    """Return the 2.5 % and 97.5 % percentiles of every weight over a bootstrap of users; the weight lies in between."""
+    model, center = minimum.model, minimum.weights
     triangle = np.linalg.cholesky(model.curvature(center))
     _, code_N = np.unique(design.user_N, return_inverse=True)
-    each_NJ = model.inputs_NJ * model.residuals(center)[:, None]
-    gradient_UJ = np.stack([np.bincount(code_N, weights=column) for column in each_NJ.T], axis=1)
+    users = int(code_N.max()) + 1
+    gradient_UJ = _sums(code_N, model.inputs_NJ * model.residuals(center)[:, None], users)
+    if model.pairs is not None:
+        each_PJ = model.apart_PJ * model.pair_residuals(center)[:, None]
+        gradient_UJ += _sums(code_N[model.pairs.positive_P], each_PJ, users)
     pull = model.penalty * (center - model.prior)
     rng = np.random.default_rng(seed)
     bounds = (model.low - 1e-12, model.high + 1e-12)  # lsq_linear needs each lower bound below the upper
     steps = []
     for _ in range(REPLICATES):
-        users = len(gradient_UJ)
         drawn_U = np.bincount(rng.integers(users, size=users), minlength=users)
         target = triangle.T @ center - solve_triangular(triangle, drawn_U @ gradient_UJ + pull, lower=True)
         steps.append(lsq_linear(triangle.T, target, bounds, method="bvls").x)
-    weights_RJ = np.clip(np.array(steps)[:, 1:], model.low[1:], model.high[1:]) / model.spread_J
+    weights_RJ = np.clip(np.array(steps)[:, 1:], model.low[1:], model.high[1:])
     low_J, high_J = np.percentile(weights_RJ, [2.5, 97.5], axis=0)
-    return np.minimum(low_J, fitted.weights_J), np.maximum(high_J, fitted.weights_J)
+    scale_J = minimum.factor / model.spread_J
+    return scale_J * np.minimum(low_J, center[1:]), scale_J * np.maximum(high_J, center[1:])
+
+
+def _sums(code_N: NDArray[np.integer], values_NJ: Doubles, size: int) -> Doubles:
+    """Return the sum of the rows of each code, `(size, J)`."""
+    return np.stack([np.bincount(code_N, weights=column, minlength=size) for column in values_NJ.T], axis=1)
 
 
 def _strength(counts: pl.DataFrame, base: float, default: float) -> float:

@@ -218,9 +218,9 @@ def _outcomes(valid: pl.DataFrame, user_ids: pl.Series) -> list[tuple[Outcome, .
         .group_by("user_id", maintain_order=True)
         .tail(MAX_OUTCOMES)
         .group_by("user_id", maintain_order=True)
-        .agg("item_id", pl.col("label") > 0)
+        .agg("item_id", pl.col("label") > 0, pl.col("timestamp").cast(pl.Float64))
     )
-    found = {user_id: tuple(map(Outcome, items, labels)) for user_id, items, labels in newest.iter_rows()}
+    found = {user_id: tuple(map(Outcome, *told)) for user_id, *told in newest.iter_rows()}
     return [found.get(one, ()) for one in user_ids]
 
 
@@ -295,6 +295,9 @@ def _write_tables(folder: Path, tables: Tables) -> None:
             "outcome_labels": pl.Series(
                 [[one.positive for one in told] for told in tables.outcomes], dtype=pl.List(pl.Boolean)
             ),
+            "outcome_times": pl.Series(
+                [[one.shown for one in told] for told in tables.outcomes], dtype=pl.List(pl.Float64)
+            ),
             "train_impressions": tables.train_impressions_U,
             "impressions": tables.user_counts_U2[:, 0],
             "positives": tables.user_counts_U2[:, 1],
@@ -334,6 +337,8 @@ def _write_tables(folder: Path, tables: Tables) -> None:
         "noise": prior.noise,
         "outcome_noise": prior.outcome_noise,
         "strength": prior.strength,
+        "drift_variance": prior.drift_variance,
+        "drift_seconds": prior.drift_seconds,
     }
     (folder / "fold_in.json").write_text(json.dumps(fold_in, indent=2) + "\n")
 

@@ -29,19 +29,21 @@ def test_a_user_without_training_is_folded_in_from_what_the_prompt_shows(assembl
 
 
 def test_outcomes_update_the_live_vector_alone(assembler: Assembler, tables: Tables) -> None:
-    known = [Outcome("i3", True), Outcome("i5", False), Outcome("not in the catalogue", True)]
+    known = [Outcome("i3", True, 1.0), Outcome("i5", False, 2.0), Outcome("not in the catalogue", True, 3.0)]
     window = features(tables, "i3", "i4")
     for user_id in ("u1", "u18"):
         user = assembler.user(tables.user(user_id), window, 2)
         np.testing.assert_array_equal(user.live_C, user.vector_C)
         evidence = tables.evidence(user_id, known)
         assert evidence.labels_H.tolist() == [1, 0] and evidence.positives == {"i3"}
-        updated = assembler.updated(user, evidence)
+        updated = assembler.updated(user, evidence, at=9.0)
         np.testing.assert_array_equal(updated.vector_C, user.vector_C)
         trained_C, seen = (None, 0) if user.cold else (user.vector_C, evidence.impressions)
         # "i3" is observed once, as an outcome. "i4" is observed as a liked item if the user is cold.
         vectors = [np.stack([item.fold_C for item in features(tables, *ids)]) for ids in (("i3", "i5"), ("i4",))]
-        expected = assembler.prior.updated(trained_C, seen, vectors[0], np.array([1, 0], np.float32), vectors[1])
+        expected = assembler.prior.updated(
+            trained_C, seen, vectors[0], np.array([1, 0], np.float32), np.array([1.0, 2.0]), 9.0, vectors[1]
+        )
         np.testing.assert_array_equal(updated.live_C, expected)
         assert np.abs(updated.live_C - user.live_C).max() > 1e-3
     assert tables.evidence("u1", []).impressions > 0 == tables.evidence("u18", []).impressions

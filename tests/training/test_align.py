@@ -18,15 +18,18 @@ from training.config import Config
 from training.data.dataset import Dataset
 from training.data.history import build_histories
 from training.data.synthetic import SyntheticConfig, draw_tables, plant
-from training.examples import Examples
+from training.examples import Examples, Targets
 from training.metrics import auc
 from training.run import Run, read_tensors
 from training.stages.align import (
+    OUTCOME_CAUTION,
+    PRIOR_NUMBERS,
     Collab,
     align,
     align_loss,
     errors_without_own_label,
     fit_prior,
+    with_drift,
     with_outcomes,
 )
 from training.stages.project import collab_predictions
@@ -169,7 +172,7 @@ def test_a_finished_stage_is_taken_as_it_is(
     again = align(new_run(tmp_path), examples, semantic_vectors)
     assert (tmp_path / "align_result.safetensors").read_bytes() == written
     assert torch.equal(first.item_vectors_IC, again.item_vectors_IC)
-    for name in ("target", "noise", "outcome_noise", "strength"):
+    for name in PRIOR_NUMBERS:
         assert getattr(first.prior, name) == getattr(again.prior, name)
 
 
@@ -245,7 +248,8 @@ def test_with_one_train_user_vectors_are_finite_and_stay_where_they_are() -> Non
     prior = fit_prior(examples, examples.targets("train", 1), users_UC, items_IC, one_user)
     assert np.array_equal(prior.fold_in(items_IC[:3]), users_UC[0])
     labels_H = np.array([1, 0, 1], np.float32)
-    assert np.array_equal(prior.updated(users_UC[0], 5, items_IC[:3], labels_H, items_IC[:0]), users_UC[0])
+    updated = prior.updated(users_UC[0], 5, items_IC[:3], labels_H, np.arange(3.0), 9.0, items_IC[:0])
+    assert np.array_equal(updated, users_UC[0])
 
 
 def test_a_history_that_tells_taste_is_believed_and_one_that_tells_nothing_is_not() -> None:
@@ -288,7 +292,8 @@ def test_predictions_without_any_error_leave_a_trained_user_some_strength() -> N
     items = np.eye(2, dtype=np.float32)
     fitted = with_outcomes(prior, items, np.zeros(2), np.ones(2, np.float32))
     assert fitted.strength > 0
-    assert np.isfinite(fitted.updated(prior.mean_C, 0, items, np.ones(2, np.float32), items[:0])).all()
+    labels_H = np.ones(2, np.float32)
+    assert np.isfinite(fitted.updated(prior.mean_C, 0, items, labels_H, np.zeros(2), 1.0, items[:0])).all()
 
 
 def test_the_noise_of_an_outcome_is_of_predictions_that_lack_its_label(collab: Collab, examples: Examples) -> None:
@@ -296,4 +301,27 @@ def test_the_noise_of_an_outcome_is_of_predictions_that_lack_its_label(collab: C
     plain_B = train.label_B - (users_UC[train.user_B] * items_IC[train.item_B]).sum(-1).numpy()
     errors_B = errors_without_own_label(users_UC, items_IC, train, Config.changed_by(MICRO).align)
     assert (np.abs(errors_B) > np.abs(plain_B)).mean() > 0.95
-    assert collab.prior.outcome_noise == pytest.approx(np.average(errors_B**2, weights=train.weight_B), abs=1e-5)
+    noise = np.average(errors_B**2, weights=train.weight_B)
+    assert collab.prior.outcome_noise == pytest.approx(OUTCOME_CAUTION * noise, abs=1e-5)
+
+
+@pytest.mark.parametrize(("variance", "seconds"), [(0.02, 1800.0), (0.0, 1.0)])
+def test_a_planted_drift_is_found_and_none_where_there_is_none(variance: float, seconds: float) -> None:
+    rng = np.random.default_rng(0)
+    users, rows = 200, 60
+    items_IC = np.concatenate([rng.normal(0, 0.3, (50, 2)), np.ones((50, 1)), rng.normal(0, 0.1, (50, 1))], 1)
+    prior = UserPrior(
+        np.array([0, 0, 0.5, 1], np.float32), np.diag([0.05, 0.05, 0.03, 0]).astype(np.float32), 0.7, 0.3, 0.2, 10.0
+    )
+    user_B, item_B = np.repeat(np.arange(users), rows), rng.integers(0, 50, users * rows)
+    times_B = np.cumsum(rng.exponential(120.0, users * rows) + (rng.random(users * rows) < 0.1) * 50_000)
+    vectors_UC = rng.multivariate_normal(prior.mean_C, prior.covariance_CC, users)
+    label_B = (vectors_UC[user_B] * items_IC[item_B]).sum(-1) + rng.normal(0, 0.2**0.5, users * rows)
+    for user in range(users if variance else 0):
+        own = slice(user * rows, (user + 1) * rows)
+        apart_NN = np.abs(np.subtract.outer(times_B[own], times_B[own]))
+        label_B[own] += rng.multivariate_normal(np.zeros(rows), variance * np.exp(-apart_NN / seconds))
+    weight_B, nothing = np.ones(users * rows, np.float32), np.zeros(0, np.int32)
+    train = Targets("train", user_B, item_B, label_B, weight_B, nothing, nothing, [])
+    fitted = with_drift(prior, items_IC.astype(np.float32), train, times_B, seed=0)
+    assert (fitted.drift_variance, fitted.drift_seconds) == (variance, seconds)

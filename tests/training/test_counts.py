@@ -77,7 +77,7 @@ def tables_with(outcomes: dict[str, tuple[Outcome, ...]]) -> Tables:
     )  # fmt: skip
 
 
-STORED = tables_with({"u0": (Outcome("m2", True), Outcome("m1", False)), "u1": (), "u2": ()})
+STORED = tables_with({"u0": (Outcome("m2", True, -2.0), Outcome("m1", False, -1.0)), "u1": (), "u2": ()})
 
 
 @settings(max_examples=200, deadline=None)
@@ -92,7 +92,9 @@ def test_known_outcomes_are_the_users_rows_of_the_counts_without_train(data: Dat
             for other in sorted(later, key=lambda other: other["timestamp"])
             if other["user_id"] == one["user_id"] and other["timestamp"] < one["timestamp"] - delay
         ]
-        assert found.of(place) == tuple(Outcome(other["item_id"], bool(other["label"])) for other in known)
+        assert found.of(place) == tuple(
+            Outcome(other["item_id"], bool(other["label"]), other["timestamp"]) for other in known
+        )
 
 
 def test_static_counts_know_no_outcomes() -> None:
@@ -104,7 +106,7 @@ def test_static_counts_know_no_outcomes() -> None:
 def test_without_train_the_bundles_outcomes_come_first_and_valid_is_among_them() -> None:
     data = dataset(valid=[(0, 0, True, 1.0)], test=[(0, 0, False, 3.0), (0, 1, True, 5.0), (1, 1, True, 5.0)])
     found = row_outcomes(data, "test", LIVE, STORED)
-    assert found.of(1) == (Outcome("m2", True), Outcome("m1", False), Outcome("m0", False))
+    assert found.of(1) == (Outcome("m2", True, -2.0), Outcome("m1", False, -1.0), Outcome("m0", False, 3.0))
     assert found.of(2) == ()
 
 
@@ -112,7 +114,7 @@ def test_the_newest_outcomes_are_kept() -> None:
     rows = [(0, second % 3, second % 2 == 0, float(second)) for second in range(MAX_OUTCOMES + 30)]
     found = row_outcomes(dataset(test=rows), "test", LIVE, STORED).of(len(rows) - 1)
     newest = rows[-1 - MAX_OUTCOMES : -1]
-    assert found == tuple(Outcome(f"m{item}", label) for _, item, label, _ in newest)
+    assert found == tuple(Outcome(f"m{item}", label, shown) for _, item, label, shown in newest)
 
 
 @settings(max_examples=100, deadline=None)

@@ -174,7 +174,8 @@ def test_what_is_known_of_a_row_is_what_the_service_assembles(
         liked = [dataset.items["item_id"][int(one)] for one in histories.history("valid", row)]
         user = scorer.user(scorer.tables.user(valid["user_id"][row]), liked, len(liked))
         assert item is not None
-        user = scorer.assembler.updated(user, scorer.tables.evidence(valid["user_id"][row], outcomes.of(row)))
+        evidence = scorer.tables.evidence(valid["user_id"][row], outcomes.of(row))
+        user = scorer.assembler.updated(user, evidence, float(valid["timestamp"][row]))
         group = scorer.assembler.group(user, [item])
         user_counts = Counts(int(counts.user_impressions_B[row]), int(counts.user_positives_B[row]))
         item_counts = Counts(int(counts.item_impressions_B[row]), int(counts.item_positives_B[row]))

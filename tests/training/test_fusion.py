@@ -10,6 +10,7 @@ from models.fusion import INPUTS, SIGNED, Fusion, Known, Rates, Weight, Weights
 from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
 from training.data.dataset import Dataset
 from training.fusion import cross_fitted, fit_fusion, fit_rates, fit_weights, scores_of
+from training.metrics import uauc
 
 USERS, ITEMS, WIDTH = 300, 120, 6
 
@@ -87,6 +88,35 @@ def planted(
 ) -> np.ndarray:
     """The language model's logit with a weight of 0.7, the collaborative prediction with 2."""
     return 0.7 * lm_N + 2.0 * (user_UC[user_N] * item_IC[item_N]).sum(-1)
+
+
+def leaning(
+    rng: np.random.Generator, user_N: np.ndarray, item_N: np.ndarray, user_UC: np.ndarray, *rest: object
+) -> np.ndarray:
+    """Users differ much in their leniency, which only their counts show; items differ by their bias."""
+    item_IC = rest[0]
+    return rng.normal(0, 1.5, USERS)[user_N] + 2 * np.asarray(item_IC)[item_N, -1]
+
+
+def test_the_live_fit_orders_the_items_of_one_user_and_stays_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = world(leaning, rows=9000, valid=6000)
+    known, labels_B = drawn.counted(LIVE), drawn.labels_B
+    of_user = {}
+    for weight in (0.0, 1.0, 20.0):
+        monkeypatch.setattr("training.fusion.PAIR_WEIGHT", weight)
+        fitted = drawn.weights(LIVE)
+        scores_B = scores_of(Fusion(rates=drawn.rates(), live=fitted), known)
+        of_user[weight] = uauc(scores_B, labels_B, drawn.user_B)
+        assert scores_B.mean() == pytest.approx(labels_B.mean(), abs=1e-3)
+        high_B = scores_B > np.quantile(scores_B, 0.8)
+        assert labels_B[high_B].mean() == pytest.approx(scores_B[high_B].mean(), abs=0.03)
+        assert all(one.low <= one.value <= one.high for one in fitted.weights.values())
+    assert of_user[0.0] + 0.002 < of_user[1.0] < of_user[20.0]
+    monkeypatch.setattr("training.fusion.PAIR_WEIGHT", 1.0)
+    few = drawn.weights(LIVE)
+    monkeypatch.setattr("training.fusion.MAX_PAIRS", 6000)  # pairs drawn at random: about the same weights
+    for name, one in drawn.weights(LIVE).weights.items():
+        assert one.value == pytest.approx(few.weights[name].value, abs=0.25), name
 
 
 @pytest.mark.parametrize("seed", range(3))

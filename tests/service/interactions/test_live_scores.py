@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from models.assembly import AssembledUser, Assembler
-from models.features import Evidence, ItemFeatures
+from models.features import Evidence, ItemFeatures, Outcome
 from models.fusion import PARTS, Counts, Known
 from models.loading import Bundle
 from models.scoring_model import ScoringModel
@@ -38,18 +38,18 @@ class Offline:
         self.tables, self.fusion = bundle.tables(), bundle.fusion()
         self.users: dict[str, Counts] = {}
         self.items: dict[str, Counts] = {}
-        self.outcomes: dict[str, list[tuple[str, bool]]] = {
-            one: list(self.tables.stored_outcomes(one)) for one in self.tables.user_ids
-        }
+        self.outcomes = {one: list(self.tables.stored_outcomes(one)) for one in self.tables.user_ids}
+        self.shown = 0.0  # the time of the newest event
         self.deleted: set[str] = set()
 
     def saw(self, user_id: str, item_id: str, impressions: int, positives: int) -> None:
         for table, one in ((self.users, user_id), (self.items, item_id)):
             table[one] = table.get(one, Counts()) + Counts(impressions, positives)
         outcomes = self.outcomes.setdefault(user_id, [])
+        shown = self.shown
         if not impressions:  # a negative that becomes a positive
-            outcomes.remove((item_id, False))
-        outcomes.append((item_id, positives > 0))
+            shown = outcomes.pop().shown
+        outcomes.append(Outcome(item_id, positives > 0, shown))
 
     def forgets(self, user_id: str) -> None:
         self.users.pop(user_id, None)
@@ -60,8 +60,9 @@ class Offline:
         """Return the posterior mean of the user's vector, computed from the formula in fp64."""
         prior, tables = self.tables.prior, self.tables
         user = None if user_id in self.deleted else tables.user(user_id)
-        known = [(item, label) for one, label in self.outcomes.get(user_id, [])[-100:] if (item := tables.item(one))]
-        rows = [(item.fold_C, float(label), prior.outcome_noise) for item, label in known]
+        known = [(item, one) for one in self.outcomes.get(user_id, [])[-100:] if (item := tables.item(one.item_id))]
+        rows = [(item.fold_C, float(one.positive), prior.outcome_noise) for item, one in known]
+        shown_H = np.array([one.shown for _, one in known])
         mean_C, covariance_CC = prior.mean_C.astype(float), prior.covariance_CC.astype(float)
         if user is not None and user.vector_C is not None:
             seen = tables.train_impressions_U[tables.user_ids.index(user_id)]
@@ -70,13 +71,18 @@ class Offline:
                 covariance_CC * prior.strength / (prior.strength + seen),
             )
         else:
-            liked = {item.item_id for item, label in known if label}
+            liked = {item.item_id for item, one in known if one.positive}
             rows += [(item.fold_C, prior.target, prior.noise) for item in shown if item.item_id not in liked]
         if not rows:
             return mean_C.astype(np.float32)
         items_HC, observed_H, noise_H = (np.array(one, float) for one in zip(*rows, strict=True))
-        system_HH = items_HC @ covariance_CC @ items_HC.T + np.diag(noise_H)
-        gain_C = covariance_CC @ items_HC.T @ np.linalg.inv(system_HH) @ (observed_H - items_HC @ mean_C)
+        system_HH, gain_CH = items_HC @ covariance_CC @ items_HC.T + np.diag(noise_H), covariance_CC @ items_HC.T
+        for to, drifting in (
+            (system_HH[: len(known), : len(known)], np.abs(shown_H[:, None] - shown_H)),
+            (gain_CH[-2, : len(known)], time.time() - shown_H),
+        ):
+            to += prior.drift_variance * np.exp(-drifting / prior.drift_seconds)
+        gain_C = gain_CH @ np.linalg.inv(system_HH) @ (observed_H - items_HC @ mean_C)
         return np.asarray(mean_C + gain_C, np.float32)
 
     def logit(
@@ -138,7 +144,7 @@ class Steps:
     async def post(self, user_id: str, item_id: str, label: bool | None, at: float = LIVE_AT, **more: Any) -> str:
         self.number += 1
         event = {"event_id": f"e{self.number}", "user_id": user_id, "item_id": item_id, "label": label, **more}
-        event["timestamp"] = at + self.number
+        event["timestamp"] = self.offline.shown = at + self.number
         answer = await self.client.post("/interactions", json={"interactions": [event]})
         assert answer.status_code == 200, answer.text
         return str(event["event_id"])
@@ -219,7 +225,12 @@ async def test_a_cold_users_vector_joins_the_outcomes_of_the_bundle_and_of_the_l
     await steps.assert_scores(
         "u18", ["i3", "i1"], history=["i3", "i1"]
     )  # likes are observed in addition to the outcomes
-    before, after = (steps.offline.live_vector("u18", []) for steps.offline.outcomes["u18"] in ([], [("i1", False)]))
+    await steps.post("u18", "i2", True, at=time.time() - 3600)  # the newest outcomes say most of this moment
+    steps.offline.saw("u18", "i2", 1, 1)
+    await steps.assert_scores("u18", [*history, "i2"])
+    before, after = (
+        steps.offline.live_vector("u18", []) for steps.offline.outcomes["u18"] in ([], [Outcome("i1", False, LIVE_AT)])
+    )
     assert np.abs(before - after).max() > 1e-2
 
 
@@ -228,9 +239,9 @@ async def test_a_trained_users_vector_is_updated_once_a_request(
 ) -> None:
     updated, given = [], Assembler.updated
 
-    def noted(self: Assembler, user: AssembledUser, evidence: Evidence) -> AssembledUser:
+    def noted(self: Assembler, user: AssembledUser, evidence: Evidence, at: float) -> AssembledUser:
         updated.append(user.cold)
-        return given(self, user, evidence)
+        return given(self, user, evidence, at)
 
     monkeypatch.setattr(Assembler, "updated", noted)
     pairs = [
