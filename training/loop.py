@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from models.memory import release_freed_memory
 from training.config import ScheduleConfig
 from training.progress import TaskProgress
 from training.run import Run, read_tensors, write_tensors
@@ -127,6 +128,7 @@ class StageLoop(Generic[Step]):
                     break
                 if time.monotonic() - saved > self.run.config.checkpoint_seconds:
                     self.save()
+                    release_freed_memory()
                     saved = time.monotonic()
         self._finished = True
         self.save()
