@@ -36,7 +36,7 @@ PENALTY_USERS = 2.0
 # The penalty on cold flags, relative: a weight fitted on a few cold users seldom holds for others.
 COLD_PENALTY = 50.0
 PAIR_WEIGHT = 1.0  # weight of the loss over pairs; a user's pairs together count as many rows as the user has
-# Of a user with more pairs, so many for each row are drawn at random; fewer where all rows would make more than MAX_PAIRS.
+# Of a user with more pairs, so many for each row are drawn at random: fewer if all users would have more than MAX_PAIRS.
 PAIRS_PER_ROW, MAX_PAIRS = 16, 500_000
 LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # with fewer, the ten weights would be noise
 FOLDS = 5
@@ -161,10 +161,8 @@ class _Design:
         for rows in np.split(order, np.flatnonzero(np.diff(self.user_N[order])) + 1):
             positive, negative = rows[self.labels_N[rows]], rows[~self.labels_N[rows]]
             count = len(positive) * len(negative)
-            if count > per_row * len(rows):
-                place = rng.integers(count, size=per_row * len(rows))
-            else:
-                place = np.arange(count)
+            most = per_row * len(rows)
+            place = np.arange(count) if count <= most else rng.integers(count, size=most)
             if count:
                 weight = np.full(len(place), PAIR_WEIGHT * len(rows) / len(place))
                 chosen.append((positive[place % len(positive)], negative[place // len(positive)], weight))
