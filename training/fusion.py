@@ -36,7 +36,7 @@ PENALTY_USERS = 2.0
 # The penalty on cold flags, relative: a weight fitted on a few cold users seldom holds for others.
 COLD_PENALTY = 50.0
 PAIR_WEIGHT = 1.0  # weight of the loss over pairs; a user's pairs together count as many rows as the user has
-# Of a user with more pairs, so many for each row are drawn at random: fewer if all users would have more than MAX_PAIRS.
+# Of a user with more pairs, so many for each row are drawn at random; fewer if all users have more than MAX_PAIRS.
 PAIRS_PER_ROW, MAX_PAIRS = 16, 500_000
 LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # with fewer, the ten weights would be noise
 FOLDS = 5
