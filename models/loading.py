@@ -4,7 +4,7 @@ Shapes: U users, I items, C = d_C, D = d_L.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,9 @@ class _StoredOutcomes(Sequence[tuple[Outcome, ...]]):
 
     def __getitem__(self, row: Any) -> Any:
         return tuple(map(Outcome, *self.columns.row(row)))
+
+    def __iter__(self) -> Iterator[tuple[Outcome, ...]]:
+        return (tuple(map(Outcome, *told)) for told in self.columns.iter_rows())
 
 
 def _map_tensors(path: Path) -> dict[str, Floats]:

@@ -72,21 +72,27 @@ def test_a_backbone_described_otherwise_is_not_the_bundles_own(
 
 
 @pytest.mark.parametrize(
-    ("items", "labels", "told"),
+    ("items", "labels", "times", "told"),
     [
-        (["i1", "i2"], [True], "user 'u1' has 2 outcomes and 1 labels"),
-        (["i1", "gone"], [True, False], "outcome of item 'gone', which is not in items.parquet"),
-        (None, None, "column 'outcome_items' is missing; train the bundle again"),
+        (["i1", "i2"], [True], [1.0, 2.0], "user 'u1' has 2 outcomes, 1 labels and 2 times"),
+        (["i1", "i2"], [True, False], [], "user 'u1' has 2 outcomes, 2 labels and 0 times"),
+        (["i1", "gone"], [True, False], [1.0, 2.0], "outcome of item 'gone', which is not in items.parquet"),
+        (None, None, None, "column 'outcome_items' is missing; train the bundle again"),
     ],
 )
 def test_stored_outcomes_that_do_not_fit_the_tables_are_named(
-    bundle: Bundle, tmp_path: Path, items: list[str] | None, labels: list[bool] | None, told: str
+    bundle: Bundle,
+    tmp_path: Path,
+    items: list[str] | None,
+    labels: list[bool] | None,
+    times: list[float] | None,
+    told: str,
 ) -> None:
     def fill(folder: Path) -> None:
         shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
         (folder / MANIFEST).unlink()
         users = pl.read_parquet(folder / "users.parquet")
-        columns = {"outcome_items": items, "outcome_labels": labels}
+        columns = {"outcome_items": items, "outcome_labels": labels, "outcome_times": times}
         changed = [
             pl.Series(name, [value if row == 1 else [] for row in range(users.height)], users.schema[name])
             for name, value in columns.items()
@@ -97,21 +103,6 @@ def test_stored_outcomes_that_do_not_fit_the_tables_are_named(
     write_bundle(tmp_path / "other", lambda files: bundle.manifest.model_copy(update={"files": files}), fill)
     with pytest.raises(BundleError, match=told):
         Bundle.open(tmp_path / "other").tables()
-
-
-def test_equal_outcomes_of_a_bundle_are_one_object_in_memory(bundle: Bundle, tmp_path: Path) -> None:
-    def fill(folder: Path) -> None:
-        shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
-        (folder / MANIFEST).unlink()
-        users = pl.read_parquet(folder / "users.parquet")
-        told = {"outcome_items": ["i1", "i2", "i1"], "outcome_labels": [True, False, False]}
-        columns = [pl.Series(name, [value] * users.height, users.schema[name]) for name, value in told.items()]
-        users.with_columns(columns).write_parquet(folder / "users.parquet")
-
-    write_bundle(tmp_path / "other", lambda files: bundle.manifest.model_copy(update={"files": files}), fill)
-    outcomes = Bundle.open(tmp_path / "other").tables().outcomes
-    assert set(outcomes) == {(("i1", True), ("i2", False), ("i1", False))} and len(outcomes) > 1
-    assert len({id(one) for told in outcomes for one in told}) == 3
 
 
 def test_a_missing_a_shortened_and_a_foreign_file_are_named(copied: Path) -> None:
