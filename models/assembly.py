@@ -18,6 +18,7 @@ from models.segments import Segment
 from models.template import PromptKind, Template, Title, window_start
 
 Floats = NDArray[np.float32]
+NO_AGES = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class AssembledUser:
     segment: Segment
     vector_C: Floats  # behind <User_ID>
     live_C: Floats  # for `score` with live counts; equal to `vector_C` until `Assembler.updated`
+    liked_C: Floats  # the mean of the shown items' vectors; zero without a history
+    like_ages_L: Floats  # of the newest likes, for the counts of recent likes; empty if their times are not known
     shown: tuple[HistoryItem, ...]  # the history items in the prompt
     history: HistoryUse
     cold: bool
@@ -54,6 +57,15 @@ def history_window(history: Sequence[str], total: int, template: Template) -> tu
     return tuple(history[len(history) - wanted :])
 
 
+def like_ages(times: Sequence[float] | NDArray[np.float64], at: float, template: Template) -> Floats:
+    """Return how long before a moment each of a user's newest likes was, `(L,)` seconds; at most `max_history` likes.
+
+    `times` and `at` are UTC seconds. A like after the moment, by the clock of another machine, has the age 0.
+    """
+    newest = np.asarray(times, np.float64)[max(0, len(times) - template.config.max_history) :]
+    return np.maximum(at - newest, 0.0).astype(np.float32)
+
+
 class Assembler:
     """Assembles prompts and vectors for one bundle."""
 
@@ -70,24 +82,31 @@ class Assembler:
         """Return a title's tokens under the cap."""
         return self._title(text)
 
-    def user(self, user: UserFeatures | None, window: Sequence[HistoryItem], total: int) -> AssembledUser:
+    def user(
+        self,
+        user: UserFeatures | None,
+        window: Sequence[HistoryItem],
+        total: int,
+        like_ages_L: Floats = NO_AGES,
+    ) -> AssembledUser:
         """Assemble the user segment for a window of liked items, oldest first, out of a history of `total`.
 
-        A user without a trained vector is folded in from the items that the prompt shows.
+        A user without a trained vector is folded in from the items that the prompt shows. `like_ages_L` comes from
+        `like_ages`.
         """
         titles = [self.title(item.title) for item in window]
         first = self.template.first_kept(titles)
         shown, titles = window[first:], titles[first:]
         cold = user is None or user.vector_C is None
-        if user is None or user.vector_C is None:
-            vector = self.prior.fold_in(_stack([item.fold_C for item in shown], len(self.prior.mean_C)))
-        else:
-            vector = user.vector_C
+        liked_LC = _stack([item.fold_C for item in shown], len(self.prior.mean_C))
+        vector = self.prior.fold_in(liked_LC) if user is None or user.vector_C is None else user.vector_C
         kind = PromptKind.PROJECT
         return AssembledUser(
             segment=self.template.instruction(kind) + self.template.user_segment(kind, titles),
             vector_C=vector,
             live_C=vector,
+            liked_C=liked_LC.sum(axis=0) / np.float32(max(1, len(liked_LC))),
+            like_ages_L=like_ages_L,
             shown=tuple(shown),
             history=HistoryUse(given=total, used=len(shown), dropped=total - len(shown)),
             cold=cold,
@@ -143,12 +162,14 @@ def known_pairs(
         user_KC=np.broadcast_to(group.user_1C, group.item_KC.shape),
         live_user_KC=np.broadcast_to(assembled.live_C if live else group.user_1C, group.item_KC.shape),
         item_KC=group.item_KC,
+        liked_KC=np.broadcast_to(assembled.liked_C, group.item_KC.shape),
         user_impressions_K=np.full(len(items), impressions),
         user_positives_K=np.full(len(items), positives),
         item_impressions_K=counts_K2[:, 0],
         item_positives_K=counts_K2[:, 1],
         cold_user_K=np.full(len(items), assembled.cold),
         cold_item_K=np.array([cold for _, cold in items], np.bool_),
+        like_ages_KL=np.broadcast_to(assembled.like_ages_L, (len(items), len(assembled.like_ages_L))),
         live=live,
     )
 

@@ -10,7 +10,11 @@ have negative weights, so one more positive in an item's counts never lowers its
 training data, live counts at this moment: each kind has its own weights. With live counts the user's bias and taste
 come from a user vector that is updated with the user's newest outcomes (`UserPrior.updated`).
 
-Shapes: K pairs, C = d_C.
+A user who has liked several items within minutes tends to like the next one too. So the user's newest likes count once
+more, each with a weight that decays with its age: over minutes, and over a day. They also say what the user likes at
+the moment: the mean of their items' vectors is a second vector of the user's taste.
+
+Shapes: K pairs, C = d_C, L likes of a user.
 """
 
 from collections.abc import Mapping
@@ -26,6 +30,7 @@ Doubles = NDArray[np.float64]
 
 RAW_EDGE = 1e-7  # raw scores are clipped to this distance from 0 and 1: fp32 may have rounded them to 0 or 1
 SLOW = 8.0  # strength of the second, slower smoothing, as a multiple of the fitted strength
+RECENT_S, RECENT_SLOW_S = 300.0, 86_400.0  # the age at which a like counts 1 / e in each count of recent likes
 
 
 class Counts(NamedTuple):
@@ -49,9 +54,11 @@ class Known:
         user_KC: collaborative vectors of the users, [p, b_u, 1], as trained or folded in from a history.
         live_user_KC: `user_KC` updated with the outcomes known at this moment; equal to `user_KC` for static counts.
         item_KC: collaborative vectors of the items, [q, 1, b_i].
+        liked_KC: the mean of the collaborative vectors of the user's newest likes, [q, 1, b_i]; zero without likes.
         user_impressions_K, user_positives_K: the user's impressions with a known outcome, and the positives.
         item_impressions_K, item_positives_K: the item's.
         cold_user_K, cold_item_K: True where the vector was not trained.
+        like_ages_KL: how long ago each of the user's newest likes was, in seconds; infinite where there is none.
         live: whether the counts are live (up to this moment) or static (of the training data alone).
     """
 
@@ -59,12 +66,14 @@ class Known:
     user_KC: Floats
     live_user_KC: Floats
     item_KC: Floats
+    liked_KC: Floats
     user_impressions_K: NDArray[np.integer]
     user_positives_K: NDArray[np.integer]
     item_impressions_K: NDArray[np.integer]
     item_positives_K: NDArray[np.integer]
     cold_user_K: NDArray[np.bool_]
     cold_item_K: NDArray[np.bool_]
+    like_ages_KL: Floats
     live: bool = True
 
     def __post_init__(self) -> None:
@@ -119,10 +128,13 @@ INPUTS: Mapping[str, str] = {
     "user_rate_slow": "user_rate",
     "item_rate": "item_rate",
     "item_rate_slow": "item_rate",
+    "recent_likes": "recent_likes",
+    "recent_likes_slow": "recent_likes",
+    "recent_taste": "recent_likes",
     "cold_user": "cold",
     "cold_item": "cold",
 }
-PARTS = ("lm", "collab", "user_rate", "item_rate", "cold", "intercept")
+PARTS = ("lm", "collab", "user_rate", "item_rate", "recent_likes", "cold", "intercept")
 SIGNED = frozenset(
     {"cold_user", "cold_item"}
 )  # a cold flag may raise or lower a score; the weights of other inputs are not negative
@@ -195,8 +207,16 @@ def fusion_inputs(known: Known, rates: Rates) -> dict[str, Doubles]:
         "user_rate_slow": rates.distance(*user, rates.user_strength * SLOW),
         "item_rate": rates.distance(*item, rates.item_strength),
         "item_rate_slow": rates.distance(*item, rates.item_strength * SLOW),
+        "recent_likes": _recent(known.like_ages_KL, RECENT_S),
+        "recent_likes_slow": _recent(known.like_ages_KL, RECENT_SLOW_S),
+        "recent_taste": (known.liked_KC[:, :-2].astype(np.float64) * item_KC[:, :-2]).sum(-1),
         "cold_user": known.cold_user_K.astype(np.float64),
         "cold_item": known.cold_item_K.astype(np.float64),
     }
     assert tuple(inputs) == tuple(INPUTS)
     return inputs
+
+
+def _recent(ages_KL: Floats, seconds: float) -> Doubles:
+    """Return the number of likes, `(K,)`, each weighted by exp(-age / seconds)."""
+    return np.asarray(np.exp(-ages_KL.astype(np.float64) / seconds).sum(axis=-1), np.float64)

@@ -109,8 +109,9 @@ _PARTS_EXAMPLE: dict[str, JsonValue] = {
     "collab": -0.42,
     "user_rate": 0.11,
     "item_rate": -0.2,
+    "recent_likes": 0.15,
     "cold": 0.0,
-    "intercept": -0.1,
+    "intercept": -0.25,
 }
 _HISTORY_EXAMPLE: dict[str, JsonValue] = {
     "source": "bundle",

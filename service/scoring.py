@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from models.assembly import AssembledUser, Assembler, known_pairs
+from models.assembly import AssembledUser, Assembler, known_pairs, like_ages
 from models.features import NO_COUNTS, Floats, HistoryItem, ItemFeatures, Outcome
 from models.fusion import Counts, Fusion, probabilities
 from models.packs import ScoringGroup
@@ -205,8 +205,9 @@ async def _assemble(
     """Tokenize and assemble in a thread, so that the event loop stays free. `live` also updates the live vectors."""
 
     def assemble() -> list[_Prompt]:
-        updates = _Updates(merged, handle) if live else None
-        return [_assemble_one(one, merged, updates, handle.assembler) for one in resolved]
+        at = time.time()
+        updates = _Updates(merged, handle, at) if live else None
+        return [_assemble_one(one, merged, updates, handle.assembler, at) for one in resolved]
 
     return await asyncio.to_thread(assemble)
 
@@ -224,8 +225,8 @@ class _Updates:
     A trained user's live vector does not depend on the history of a question, so it is computed once a request.
     """
 
-    def __init__(self, merged: Mapping[str, MergedUser], handle: BundleHandle) -> None:
-        self._assembler, self._at = handle.assembler, time.time()
+    def __init__(self, merged: Mapping[str, MergedUser], handle: BundleHandle, at: float) -> None:
+        self._assembler, self._at = handle.assembler, at
         self._evidence = {
             one: handle.tables.evidence(one, _outcomes(one, user, handle)) for one, user in merged.items()
         }
@@ -242,11 +243,14 @@ class _Updates:
 
 
 def _assemble_one(
-    resolved: Resolved, merged: Mapping[str, MergedUser], updates: _Updates | None, assembler: Assembler
+    resolved: Resolved, merged: Mapping[str, MergedUser], updates: _Updates | None, assembler: Assembler, at: float
 ) -> _Prompt:
+    """`at` is the moment of the score, UTC seconds. The likes in a request's history have no times."""
     user_id = resolved.question.user_id
     known = merged[user_id].features
-    user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total)
+    liked_at = () if known is None or resolved.source == "request" else known.history_times
+    ages_L = like_ages(liked_at, at, assembler.template)
+    user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total, ages_L)
     if updates is not None:
         user = updates.of(user_id, user)
     items = [_candidate(item) for item in resolved.candidates if item is not None]

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from models.assembly import AssembledUser, Assembler, history_window
+from models.assembly import AssembledUser, Assembler, history_window, like_ages
 from models.features import Floats, ItemFeatures, Tables, UserFeatures
 from models.fusion import Counts, Known, raw_logits
 from models.ids import IdError
@@ -87,7 +87,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class ScoredSplit:
-    """The raw scores of a split's rows, and their vectors and cold flags; `(B,)` and `(B, C)`.
+    """The raw scores of a split's rows, and the other inputs of the fusion that are no counts; `(B,)` and `(B, C)`.
 
     `live_user_BC` are the users' vectors updated with the outcomes known at each row; None if no outcomes were given.
     """
@@ -96,6 +96,8 @@ class ScoredSplit:
     user_BC: Floats
     live_user_BC: Floats | None
     item_BC: Floats
+    liked_BC: Floats
+    like_ages_BL: Floats
     cold_user_B: NDArray[np.bool_]
     cold_item_B: NDArray[np.bool_]
 
@@ -113,12 +115,14 @@ class ScoredSplit:
             user_KC=self.user_BC,
             live_user_KC=live_user_BC,
             item_KC=self.item_BC,
+            liked_KC=self.liked_BC,
             user_impressions_K=counts.user_impressions_B,
             user_positives_K=counts.user_positives_B,
             item_impressions_K=counts.item_impressions_B,
             item_positives_K=counts.item_positives_B,
             cold_user_K=self.cold_user_B,
             cold_item_K=self.cold_item_B,
+            like_ages_KL=self.like_ages_BL,
             live=live,
         )
 
@@ -141,12 +145,14 @@ def score_split(
     items = scorer.items(dict(zip(item_ids, dataset.items["title"].to_list(), strict=True)))
     user_ids = frame["user_id"].to_list()
     times_B = frame["timestamp"].cast(pl.Float64).to_list()
-    width = len(scorer.tables.prior.mean_C)
+    width, template = len(scorer.tables.prior.mean_C), scorer.assembler.template
     scored = ScoredSplit(
         raw_B=np.empty(frame.height, np.float32),
         user_BC=np.empty((frame.height, width), np.float32),
         live_user_BC=None if outcomes is None else np.empty((frame.height, width), np.float32),
         item_BC=np.stack([items[one].collab_C for one in item_ids])[rows.item_row],
+        liked_BC=np.empty((frame.height, width), np.float32),
+        like_ages_BL=np.full((frame.height, template.config.max_history), np.inf, np.float32),
         cold_user_B=np.empty(frame.height, bool),
         cold_item_B=np.array([not items[one].trained for one in item_ids])[rows.item_row],
     )
@@ -156,11 +162,15 @@ def score_split(
         for run in runs:
             total = int(rows.length[run[0]])
             history = histories.positives_of(int(rows.user_code[run[0]]))[:total]
-            window = history[window_start(total, scorer.assembler.template.config) :]
+            liked_at = histories.times_of(int(rows.user_code[run[0]]))[:total]
+            window = history[window_start(total, template.config) :]
             user = scorer.assembler.user(
                 scorer.tables.user(user_ids[run[0]]), [items[item_ids[row]] for row in window], total
             )
-            scored.user_BC[run], scored.cold_user_B[run] = user.vector_C, user.cold
+            scored.user_BC[run], scored.liked_BC[run], scored.cold_user_B[run] = user.vector_C, user.liked_C, user.cold
+            for row in run.tolist():
+                ages_L = like_ages(liked_at, times_B[row], template)
+                scored.like_ages_BL[row, : len(ages_L)] = ages_L
             if outcomes is not None and scored.live_user_BC is not None:
                 for row in run.tolist():
                     evidence = scorer.tables.evidence(user_ids[row], outcomes.of(row))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from models.assembly import Assembler, history_window
+from models.assembly import Assembler, history_window, like_ages
 from models.features import ItemFeatures, Outcome, Tables
 
 
@@ -77,3 +77,19 @@ def test_candidates_keep_their_order(assembler: Assembler, tables: Tables) -> No
     np.testing.assert_array_equal(group.item_KC, np.stack([item.collab_C for item in items]))
     np.testing.assert_array_equal(group.semantic_KD, np.stack([item.semantic_D for item in items]))
     assert len({branch.attach for branch in group.pack.branches}) == 1
+
+
+def test_the_ages_are_those_of_the_newest_likes_and_never_negative(assembler: Assembler) -> None:
+    times = [float(one) for one in range(100, 125)]
+    ages_L = like_ages(times, 122.5, assembler.template)
+    most = assembler.template.config.max_history
+    assert 5 < most < 25 and ages_L.tolist() == [max(0.0, 122.5 - one) for one in times[25 - most :]]
+    assert like_ages([], 5.0, assembler.template).shape == (0,)
+
+
+def test_the_likes_in_the_prompt_have_a_mean_vector(assembler: Assembler, tables: Tables) -> None:
+    window = features(tables, "i3", "i4")
+    for user_id in ("u1", "u18"):
+        liked_C = assembler.user(tables.user(user_id), window, 2).liked_C
+        np.testing.assert_allclose(liked_C, (window[0].fold_C + window[1].fold_C) / 2, atol=1e-7)
+    assert not assembler.user(tables.user("u1"), [], 0).liked_C.any()

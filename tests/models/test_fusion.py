@@ -1,5 +1,7 @@
 """The fusion: the effect of more evidence on a score, and the parts of a score."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,12 +39,14 @@ def pair(user: tuple[int, int], item: tuple[int, int], lm: float = 0.3, *, live:
         user_KC=rng.normal(size=(1, 6)).astype(np.float32),
         live_user_KC=rng.normal(size=(1, 6)).astype(np.float32),
         item_KC=rng.normal(size=(1, 6)).astype(np.float32),
+        liked_KC=rng.normal(size=(1, 6)).astype(np.float32),
         user_impressions_K=np.array([seen]),
         user_positives_K=np.array([liked]),
         item_impressions_K=np.array([shown]),
         item_positives_K=np.array([clicked]),
         cold_user_K=np.array([False]),
         cold_item_K=np.array([True]),
+        like_ages_KL=np.array([[20.0, 3600.0, np.inf]], np.float32),
         live=live,
     )
 
@@ -97,6 +101,20 @@ def test_live_counts_take_the_users_bias_and_taste_from_the_live_vector() -> Non
         assert inputs["user_bias"][0] == pytest.approx(user_C[-2])
         assert inputs["taste"][0] == pytest.approx(user_C[:-2] @ known.item_KC[0, :-2])
         assert inputs["item_bias"][0] == pytest.approx(known.item_KC[0, -1])
+
+
+def test_a_recent_like_counts_by_its_age_and_by_the_taste_it_shows() -> None:
+    inputs = fusion_inputs(known := pair((3, 1), (5, 4)), Rates())
+    assert inputs["recent_likes"][0] == pytest.approx(np.exp(-20 / 300) + np.exp(-12))
+    assert inputs["recent_likes_slow"][0] == pytest.approx(np.exp(-20 / 86_400) + np.exp(-1 / 24))
+    assert inputs["recent_taste"][0] == pytest.approx(known.liked_KC[0, :-2].astype(float) @ known.item_KC[0, :-2])
+    nothing = replace(known, liked_KC=0 * known.liked_KC, like_ages_KL=np.zeros((1, 0), np.float32))
+    without = fusion_inputs(nothing, Rates())
+    assert {name: one[0] for name, one in without.items() if name.startswith("recent")} == {
+        "recent_likes": 0,
+        "recent_likes_slow": 0,
+        "recent_taste": 0,
+    }
 
 
 def test_chosen_rows_keep_everything_that_is_known_of_them() -> None:

@@ -118,11 +118,11 @@ async def test_what_any_server_counts_is_in_the_scores_of_all_and_counts_once(
             publish(redis, bundle)
         for user_id in ("u1", "u2", "u5"):
             for steps in (first, second):
-                await eventually(partial(steps.assert_scores, user_id, []))
+                await eventually(partial(steps.assert_scores, user_id))
         assert (await one.delete("/users/u1")).status_code == 200
         first.offline.forgets("u1")
         for steps in (first, second):
-            await eventually(partial(steps.assert_scores, "u1", []))
+            await eventually(partial(steps.assert_scores, "u1"))
 
 
 async def test_a_user_deleted_at_one_server_leaves_the_memory_of_the_others(

@@ -65,7 +65,7 @@ class Reference:
         history: Sequence[str | dict[str, str]] | None,
     ) -> float:
         """Return the fusion over the bundle's counts of the user and of the item."""
-        raw, user_C = self.pair(user_id, one, history)
+        raw, user_C, liked_C = self.pair(user_id, one, history)
         user, item = self.tables.user(user_id), self.item(one)
         of_user, of_item = user.counts if user else Counts(), item.counts
         known = Known(
@@ -73,20 +73,22 @@ class Reference:
             user_KC=user_C[None],
             live_user_KC=user_C[None],
             item_KC=item.collab_C[None],
+            liked_KC=liked_C[None],
             user_impressions_K=np.array([of_user.impressions]),
             user_positives_K=np.array([of_user.positives]),
             item_impressions_K=np.array([of_item.impressions]),
             item_positives_K=np.array([of_item.positives]),
             cold_user_K=np.array([user is None or user.vector_C is None]),
             cold_item_K=np.array([not item.trained]),
+            like_ages_KL=np.zeros((1, 0), np.float32),  # every like in the tables is long ago
             live=False,  # the service under test has no log
         )
         return float(self.fusion(known)[0])
 
     def pair(
         self, user_id: str, one: str | dict[str, str], history: Sequence[str | dict[str, str]] | None
-    ) -> tuple[float, NDArray[np.float32]]:
-        """Return the raw score and the user's vector."""
+    ) -> tuple[float, NDArray[np.float32], NDArray[np.float32]]:
+        """Return the raw score, the user's vector, and the mean vector of the likes in the prompt."""
         user, item = self.tables.user(user_id), self.item(one)
         if history is None:
             stored = user.history if user else ()
@@ -103,7 +105,8 @@ class Reference:
             + self.template.candidate(kind, self.template.titles([item.title])[0])
         )
         trained = user is not None and user.vector_C is not None
-        folded = self.tables.prior.fold_in(np.array([liked.fold_C for liked in shown]).reshape(-1, D_COLLAB))
+        liked_LC = np.array([liked.fold_C for liked in shown]).reshape(-1, D_COLLAB)
+        folded = self.tables.prior.fold_in(liked_LC)
         vectors = {
             SlotKind.USER: user.vector_C if trained and user is not None and user.vector_C is not None else folded,
             SlotKind.ITEM: item.collab_C,
@@ -111,7 +114,7 @@ class Reference:
         }
         tensors = {kind: torch.from_numpy(np.array(vector)) for kind, vector in vectors.items()}
         raw = score(self.model.backbone, prompt, self.model.projections, tensors)
-        return raw, np.array(vectors[SlotKind.USER])
+        return raw, np.array(vectors[SlotKind.USER]), liked_LC.sum(0) / max(1, len(liked_LC))
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,13 @@ def test_what_is_known_of_a_row_is_what_the_service_assembles(
         alone = known_pairs(
             raw_valid[row : row + 1], group, (user_counts, user), [(item_counts, not item.trained)], live=True
         )
-        for name, value in vars(known.rows(slice(row, row + 1))).items():
+        at = float(valid["timestamp"][row])
+        newest = histories.times_of(int(histories.of_split("valid").user_code[row]))[: len(liked)]
+        newest = newest[max(0, len(liked) - scorer.assembler.template.config.max_history) :]
+        ages_L = known.like_ages_KL[row]
+        np.testing.assert_array_equal(ages_L[np.isfinite(ages_L)], (at - newest).astype(np.float32))
+        told = vars(known.rows(slice(row, row + 1))) | {"like_ages_KL": alone.like_ages_KL}
+        for name, value in told.items():
             np.testing.assert_allclose(value, vars(alone)[name], atol=1e-6, err_msg=name)
     moved_B = np.abs(known.live_user_KC - known.user_KC).max(axis=1) > 1e-3
     assert moved_B[known.cold_user_K].any() and moved_B[~known.cold_user_K].any()

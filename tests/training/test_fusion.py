@@ -29,8 +29,9 @@ class World:
     def known(self, counts: RowCounts, *, live: bool = True) -> Known:
         cold = np.zeros(len(self.lm_B), bool)
         return Known(
-            self.lm_B, self.user_BC, self.user_BC, self.item_BC, counts.user_impressions_B, counts.user_positives_B,
-            counts.item_impressions_B, counts.item_positives_B, cold, cold, live,
+            self.lm_B, self.user_BC, self.user_BC, self.item_BC, 0 * self.item_BC, counts.user_impressions_B,
+            counts.user_positives_B, counts.item_impressions_B, counts.item_positives_B, cold, cold,
+            np.zeros((len(cold), 0), np.float32), live,
         )  # fmt: skip
 
     def counted(self, counting: Counting) -> Known:
@@ -347,3 +348,18 @@ def test_tiny_train_gives_usable_rates(labels: list[int]) -> None:
 def test_fusions_are_equal_for_equal_rows() -> None:
     drawn = world(planted)
     assert drawn.fusion() == drawn.fusion()
+
+
+def test_recent_likes_that_tell_the_label_get_a_weight() -> None:
+    drawn = world(lambda rng, user, *rest: np.zeros(len(user)))
+    rng = np.random.default_rng(3)
+    recent_B = rng.random(len(drawn.labels_B)) < 0.4
+    labels_B = (rng.random(len(recent_B)) < np.where(recent_B, 0.6, 0.4)).astype(np.int8)
+    for counting in (STATIC, LIVE):
+        without = drawn.counted(counting)
+        told = replace(without, like_ages_KL=np.where(recent_B, 30.0, np.inf).astype(np.float32)[:, None])
+        fitted = fit_weights(told, labels_B, drawn.user_B, drawn.rates()).weights
+        assert fitted["recent_likes"].low > 0.1 and fitted["recent_taste"].value == 0
+        gained, plain = (cross_fitted(one, labels_B, drawn.user_B, drawn.rates()) for one in (told, without))
+        assert roc_auc_score(labels_B, gained) > roc_auc_score(labels_B, plain) + 0.05
+        assert fit_weights(told, drawn.labels_B, drawn.user_B, drawn.rates()).weights["recent_likes"].low == 0

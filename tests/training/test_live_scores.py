@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from models.fusion import Known, raw_logits
+from models.fusion import Fusion, Known, Weight, Weights, raw_logits
 from models.loading import Bundle
 from service.engines.packed import PackedModel
 from tests.service.conftest import client_of, collaborators
@@ -30,9 +30,13 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_split_replayed_through_the_service_gets_the_scores_of_evaluate_live(
-    trained: Trained, bundle: Bundle, scorer: Scorer, tmp_path: Path
+    trained: Trained, bundle: Bundle, scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then the test deletes a user: later requests get the scores of a user who was never seen before."""
+    clock = Clock()
+    monkeypatch.setattr("service.scoring.time", clock)
+    fusion = with_recent_likes(bundle.fusion())
+    monkeypatch.setattr(Bundle, "fusion", lambda self: fusion)
     whole = load_dataset(trained.data)
     test = whole.splits["test"].sort("timestamp", maintain_order=True).head(ROWS)
     assert test["timestamp"][0] > bundle.manifest.counted_until
@@ -49,15 +53,14 @@ async def test_a_split_replayed_through_the_service_gets_the_scores_of_evaluate_
     service = collaborators(bundle, engine, interactions=tmp_path / "log.sqlite", batch_tokens=2048)
     await service.interactions.start()
     async with client_of(service) as client:
-        served = await replayed(client, test)
+        served = await replayed(client, test, clock)
         assert (await client.delete(f"/users/{victim}")).status_code == 200
-        served += await replayed(client, again.with_columns(user_id=pl.lit(victim)))
+        served += await replayed(client, again.with_columns(user_id=pl.lit(victim)), clock)
     await service.interactions.close()
 
     raw_B, score_B = np.array(served, np.float32).T
     # A forward of another size rounds differently.
     np.testing.assert_allclose(raw_B, 1 / (1 + np.exp(-known.lm_K)), atol=5e-6)
-    fusion = bundle.fusion()
     np.testing.assert_allclose(score_B, scores_of(fusion, replace(known, lm_K=raw_logits(raw_B))), atol=1e-6)
     at_first = known_live(scorer, in_one_second(at_once))
     assert np.abs(scores_of(fusion, at_first) - score_B[:ROWS]).max() > 1e-3  # outcomes do move later scores
@@ -66,6 +69,10 @@ async def test_a_split_replayed_through_the_service_gets_the_scores_of_evaluate_
     moved_B = np.abs(static_B - score_B) > 1e-4
     cold_B = known.cold_user_K[:ROWS]
     assert moved_B[:ROWS][cold_B].sum() > 5 and moved_B[:ROWS][~cold_B].sum() > 5 and moved_B[ROWS:].any()
+    # The same holds for recent likes: of trained and cold users, and of likes after the deletion.
+    nothing = replace(known, lm_K=raw_logits(raw_B), like_ages_KL=np.full_like(known.like_ages_KL, np.inf))
+    moved_B = np.abs(scores_of(fusion, nothing) - score_B) > 1e-3
+    assert moved_B[:ROWS][cold_B].any() and moved_B[:ROWS][~cold_B].any() and moved_B[ROWS:].any()
     negatives = known.user_impressions_K - known.user_positives_K
     assert (negatives[:ROWS][cold_B] > 0).any() and (negatives[ROWS:] > 0).any()
 
@@ -105,10 +112,36 @@ def known_live(scorer: Scorer, data: Dataset) -> Known:
     return scored.known(row_counts(data, "test", LIVE), live=True)
 
 
-async def replayed(client: httpx.AsyncClient, rows: pl.DataFrame) -> list[tuple[float, float]]:
+class Clock:
+    """The time of the service's scores: the moment of the rows that are replayed."""
+
+    monotonic = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+
+def with_recent_likes(fusion: Fusion) -> Fusion:
+    """Return the fusion with weights on the user's newest likes: the bundle's few rows of valid give them none."""
+
+    def changed(weights: Weights) -> Weights:
+        more = {
+            name: Weight(value=one, low=one, high=one)
+            for name, one in (("recent_likes", 0.5), ("recent_likes_slow", 0.3), ("recent_taste", 2.0))
+        }
+        return weights.model_copy(update={"weights": weights.weights | more})
+
+    return fusion.model_copy(update={"static": changed(fusion.static), "live": changed(fusion.live)})
+
+
+async def replayed(client: httpx.AsyncClient, rows: pl.DataFrame, clock: Clock) -> list[tuple[float, float]]:
     """For each second, request the scores of its rows, then post their outcomes; return (raw score, score) by row."""
     served: list[tuple[float, float]] = []
     for moment, together in groupby(rows.iter_rows(named=True), key=lambda one: one["timestamp"]):
+        clock.now = float(moment)
         second = list(together)
         pairs = [{"user_id": one["user_id"], "item_id": one["item_id"]} for one in second]
         answer = (await client.post("/score", json={"pairs": pairs})).json()

@@ -11,11 +11,12 @@ import httpx
 import numpy as np
 import pytest
 
-from models.assembly import AssembledUser, Assembler
+from models.assembly import AssembledUser, Assembler, history_window
 from models.features import Evidence, ItemFeatures, Outcome
 from models.fusion import PARTS, Counts, Known
 from models.loading import Bundle
 from models.scoring_model import ScoringModel
+from models.template import Template
 from service.collaborators import Collaborators
 from service.engines.packed import PackedModel
 from tests.service.bundles import give
@@ -32,13 +33,20 @@ LIVE_AT = HISTORY_END + 1000
 
 
 class Offline:
-    """The score by `Fusion` from the tables, the user's history, and counts and outcomes that the test keeps."""
+    """The score by `Fusion` from the tables, and the likes, counts and outcomes that the test keeps."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.tables, self.fusion = bundle.tables(), bundle.fusion()
+        self.most_likes = bundle.manifest.template.max_history
         self.users: dict[str, Counts] = {}
         self.items: dict[str, Counts] = {}
         self.outcomes = {one: list(self.tables.stored_outcomes(one)) for one in self.tables.user_ids}
+        self.likes = {
+            one: list(zip(times, items, strict=True))
+            for one, times, items in zip(
+                self.tables.user_ids, self.tables.history_times, self.tables.histories, strict=True
+            )
+        }
         self.shown = 0.0  # the time of the newest event
         self.deleted: set[str] = set()
 
@@ -50,11 +58,25 @@ class Offline:
         if not impressions:  # a negative that becomes a positive
             shown = outcomes.pop().shown
         outcomes.append(Outcome(item_id, positives > 0, shown))
+        if positives:
+            self.likes_at(user_id, item_id, self.shown)
+
+    def likes_at(self, user_id: str, item_id: str, at: float) -> None:
+        self.likes[user_id] = sorted([*self.likes.get(user_id, []), (at, item_id)])
 
     def forgets(self, user_id: str) -> None:
         self.users.pop(user_id, None)
         self.outcomes.pop(user_id, None)
+        self.likes.pop(user_id, None)
         self.deleted.add(user_id)
+
+    def window(self, user_id: str, template: Template) -> list[ItemFeatures]:
+        """Return the items of the user's likes that a prompt shows."""
+        likes = [item_id for _, item_id in self.likes.get(user_id, [])]
+        row = None if user_id in self.deleted else self.tables._user_rows.get(user_id)
+        before = 0 if row is None else self.tables.history_totals[row] - len(self.tables.histories[row])
+        kept = history_window(likes, before + len(likes), template)
+        return [item for one in kept if (item := self.tables.item(one)) is not None]
 
     def live_vector(self, user_id: str, shown: list[ItemFeatures]) -> np.ndarray:
         """Return the posterior mean of the user's vector, computed from the formula in fp64."""
@@ -89,12 +111,19 @@ class Offline:
         self,
         user_id: str,
         result: dict[str, Any],
-        vectors: tuple[np.ndarray, np.ndarray],
+        user_CC: tuple[np.ndarray, np.ndarray],
         item_C: np.ndarray,
+        liked: list[ItemFeatures],
         *,
         live: bool = True,
+        times: bool = True,
     ) -> float:
-        """Return the logit of a score. `vectors` are the user's static vector and the live vector."""
+        """Return the logit of a score.
+
+        `user_CC` are the user's static vector and the live vector, `liked` the items of the history in the prompt;
+        without `times` it is a request's history, whose likes have no times.
+        """
+        likes = self.likes.get(user_id, [])[-self.most_likes :] if times else []
         user = None if user_id in self.deleted else self.tables.user(user_id)
         item = self.tables.item(result["item_id"])
         of_user = (user.counts if user else Counts()) + self.users.get(user_id, Counts())
@@ -102,15 +131,17 @@ class Offline:
         raw = result["raw_score"]
         known = Known(
             lm_K=np.array([math.log(raw) - math.log1p(-raw)]),
-            user_KC=vectors[0][None],
-            live_user_KC=vectors[1][None],
+            user_KC=user_CC[0][None],
+            live_user_KC=user_CC[1][None],
             item_KC=item_C[None],
+            liked_KC=np.mean([np.zeros_like(item_C)] if not liked else [one.fold_C for one in liked], axis=0)[None],
             user_impressions_K=np.array([of_user.impressions]),
             user_positives_K=np.array([of_user.positives]),
             item_impressions_K=np.array([of_item.impressions]),
             item_positives_K=np.array([of_item.positives]),
             cold_user_K=np.array([user is None or user.vector_C is None]),
             cold_item_K=np.array([item is None or not item.trained]),
+            like_ages_KL=np.array([[max(0.0, time.time() - at) for at, _ in likes]], np.float32),
             live=live,
         )
         return float(self.fusion.logits(known)[0])
@@ -149,20 +180,21 @@ class Steps:
         assert answer.status_code == 200, answer.text
         return str(event["event_id"])
 
-    def vectors(self, user_id: str, liked: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        user = None if user_id in self.offline.deleted else self.offline.tables.user(user_id)
-        window = [item for one in liked if (item := self.offline.tables.item(one)) is not None]
-        return self.assembler.user(user, window, len(window)).vector_C, self.offline.live_vector(user_id, window)
-
-    async def assert_scores(self, user_id: str, liked: list[str], **fields: Any) -> None:
-        """`liked` is the history that the prompt shows, for a user without a trained vector."""
-        body = {"user_id": user_id, "candidates": CANDIDATES, "explain": True, **fields}
+    async def assert_scores(self, user_id: str, history: list[str] | None = None) -> None:
+        """Compare the answer with the fusion, with the user's own likes or with the history of the request."""
+        body = {"user_id": user_id, "candidates": CANDIDATES, "explain": True, "history": history}
         ranked = (await self.client.post("/rank", json=body)).json()
         assert ranked["counts"] == "live"
-        vectors = self.vectors(user_id, liked)
+        tables = self.offline.tables
+        liked = [item for one in history or [] if (item := tables.item(one)) is not None]
+        if history is None:
+            liked = self.offline.window(user_id, self.assembler.template)
+        user = None if user_id in self.offline.deleted else tables.user(user_id)
+        static_C = self.assembler.user(user, liked, len(liked)).vector_C
+        vectors = static_C, self.offline.live_vector(user_id, liked)
         for result in ranked["results"]:
-            item = self.offline.tables.item(result["item_id"]) or self.new
-            logit = self.offline.logit(user_id, result, vectors, item.collab_C)
+            item = tables.item(result["item_id"]) or self.new
+            logit = self.offline.logit(user_id, result, vectors, item.collab_C, liked, times=history is None)
             assert result["score"] == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6), result
             assert tuple(result["parts"]) == PARTS
             assert sum(result["parts"].values()) == pytest.approx(
@@ -178,56 +210,54 @@ async def test_every_acknowledged_interaction_is_in_the_next_score(
     steps = Steps(client, bundle, model)
     offline = steps.offline
     for user_id in ("u0", "u1"):
-        await steps.assert_scores(user_id, [])
+        await steps.assert_scores(user_id)
     await steps.post("u0", "i1", False)
     offline.saw("u0", "i1", 1, 0)
-    await steps.assert_scores("u0", [])
+    await steps.assert_scores("u0")
     await steps.post("u1", "i1", True)
     offline.saw("u1", "i1", 1, 1)
-    await steps.assert_scores("u0", [])  # another user's outcome counts for the item
-    await steps.assert_scores("u1", [])
+    await steps.assert_scores("u0")  # another user's outcome counts for the item
+    await steps.assert_scores("u1")
     shown = {"request_id": "r", "position": 1}
     await steps.post("u0", "i2", False, **shown)
     await steps.post("u0", "i2", True, **shown)  # a negative that becomes a positive
     offline.saw("u0", "i2", 1, 1)
-    await steps.assert_scores("u0", [])
+    await steps.assert_scores("u0")
     await steps.post("u0", "new", True)  # an item outside the catalogue
     offline.saw("u0", "new", 1, 1)
-    await steps.assert_scores("u0", [])
+    await steps.assert_scores("u0")
     await steps.post("u0", "i39", True, at=HISTORY_END - 100)  # the bundle's own counts may have it
-    await steps.assert_scores("u0", [])
-    await steps.assert_scores("u0", ["i3", "i4"], history=["i3", "i4"])  # a request's history changes no count
+    offline.likes_at("u0", "i39", HISTORY_END - 100 + steps.number)
+    await steps.assert_scores("u0")
+    await steps.assert_scores("u0", ["i3", "i4"])  # a request's history changes no count
 
 
 async def test_a_user_unknown_to_the_bundle_counts_from_the_first_outcome(
     client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel
 ) -> None:
     steps = Steps(client, bundle, model)
-    await steps.assert_scores("stranger", [])
+    await steps.assert_scores("stranger")
     await steps.post("stranger", "i2", True)
     steps.offline.saw("stranger", "i2", 1, 1)
-    await steps.assert_scores("stranger", ["i2"])
+    await steps.assert_scores("stranger")
     await steps.post("stranger", "i1", False)
     steps.offline.saw("stranger", "i1", 1, 0)
-    await steps.assert_scores("stranger", ["i2"])
+    await steps.assert_scores("stranger")
 
 
 async def test_a_cold_users_vector_joins_the_outcomes_of_the_bundle_and_of_the_log(
     client: httpx.AsyncClient, bundle: Bundle, model: ScoringModel
 ) -> None:
     steps = Steps(client, bundle, model)
-    history = list(steps.offline.tables.histories[18])
     assert steps.offline.outcomes["u18"] and not steps.offline.tables.user_trained_U[18]
-    await steps.assert_scores("u18", history)
+    await steps.assert_scores("u18")
     await steps.post("u18", "i1", False)
     steps.offline.saw("u18", "i1", 1, 0)
-    await steps.assert_scores("u18", history)
-    await steps.assert_scores(
-        "u18", ["i3", "i1"], history=["i3", "i1"]
-    )  # likes are observed in addition to the outcomes
+    await steps.assert_scores("u18")
+    await steps.assert_scores("u18", ["i3", "i1"])  # likes are observed in addition to the outcomes
     await steps.post("u18", "i2", True, at=time.time() - 3600)  # the newest outcomes say most of this moment
     steps.offline.saw("u18", "i2", 1, 1)
-    await steps.assert_scores("u18", [*history, "i2"])
+    await steps.assert_scores("u18")
     before, after = (
         steps.offline.live_vector("u18", []) for steps.offline.outcomes["u18"] in ([], [Outcome("i1", False, LIVE_AT)])
     )
@@ -261,17 +291,17 @@ async def test_an_impression_counts_once_its_time_has_passed(
 ) -> None:
     steps = Steps(client, bundle, model)
     event_id = await steps.post("u2", "i1", None)
-    await steps.assert_scores("u2", [])
+    await steps.assert_scores("u2")
     until = time.monotonic() + 10
     while not serving.bundles.current.counts.of(["u2"], []).users:
         assert time.monotonic() < until
         await asyncio.sleep(0.05)
     steps.offline.saw("u2", "i1", 1, 0)
-    await steps.assert_scores("u2", [])
+    await steps.assert_scores("u2")
     steps.number -= 1  # the same event, with its outcome
     assert await steps.post("u2", "i1", True) == event_id
     steps.offline.saw("u2", "i1", 0, 1)
-    await steps.assert_scores("u2", [])
+    await steps.assert_scores("u2")
 
 
 async def test_a_deleted_user_has_no_counts_and_the_items_keep_theirs(
@@ -282,11 +312,11 @@ async def test_a_deleted_user_has_no_counts_and_the_items_keep_theirs(
     steps.offline.saw("u1", "i1", 1, 1)
     assert (await client.delete("/users/u1")).status_code == 200
     steps.offline.forgets("u1")
-    await steps.assert_scores("u1", [])
-    await steps.assert_scores("u0", [])
+    await steps.assert_scores("u1")
+    await steps.assert_scores("u0")
     await steps.post("u1", "i2", True, at=time.time() + 10)
     steps.offline.saw("u1", "i2", 1, 1)
-    await steps.assert_scores("u1", ["i2"])
+    await steps.assert_scores("u1")
 
 
 async def test_parts_are_there_only_where_they_are_asked_for(client: httpx.AsyncClient) -> None:
@@ -319,11 +349,12 @@ async def test_without_a_log_the_bundles_counts_and_their_weights_stand_and_the_
             await asyncio.sleep(0.1)
     offline = Offline(bundle)  # nothing has been counted yet
     user, item = offline.tables.user("u1"), offline.tables.item("i1")
+    liked = offline.window("u1", bundle.assembler(bundle.encoder(), offline.tables).template)
     assert user is not None and user.vector_C is not None and item is not None
     for answer in (without, found):
         [result] = answer["results"]
         vectors = (user.vector_C, offline.live_vector("u1", []))
-        logit = offline.logit("u1", result, vectors, item.collab_C, live=answer["counts"] == "live")
+        logit = offline.logit("u1", result, vectors, item.collab_C, liked, live=answer["counts"] == "live")
         assert result["score"] == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6), answer["counts"]
     await service.interactions.close()
 
