@@ -24,6 +24,7 @@ from training.progress import TaskProgress
 from training.run import Run, read_tensors, write_tensors
 
 Step = TypeVar("Step")
+RELEASE_SECONDS = 20.0  # how often freed memory goes back to the system: at every step it would cost a tenth of the time
 
 
 class TrainingError(RuntimeError):
@@ -112,7 +113,7 @@ class StageLoop(Generic[Step]):
             self._progress = progress
             if not self.evaluations:
                 self._record()
-            saved = time.monotonic()
+            saved = released = time.monotonic()
             for step in self._remaining(total):
                 torch.manual_seed(derived_seed(self.run.config.seed, self.name, self.step))
                 self._set_rate(total)
@@ -128,8 +129,10 @@ class StageLoop(Generic[Step]):
                     break
                 if time.monotonic() - saved > self.run.config.checkpoint_seconds:
                     self.save()
-                    release_freed_memory()
                     saved = time.monotonic()
+                if time.monotonic() - released > RELEASE_SECONDS:
+                    release_freed_memory()
+                    released = time.monotonic()
         self._finished = True
         self.save()
 
