@@ -38,7 +38,7 @@ COLD_PENALTY = 50.0
 PAIR_WEIGHT = 1.0  # weight of the loss over pairs; a user's pairs together count as many rows as the user has
 # Of a user with more pairs, so many for each row are drawn at random; fewer if all users have more than MAX_PAIRS.
 PAIRS_PER_ROW, MAX_PAIRS = 16, 500_000
-LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # with fewer, the ten weights would be noise
+LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # with fewer, the thirteen weights would be noise
 FOLDS = 5
 REPLICATES = 300
 ROWS_AT_ONCE = 100_000

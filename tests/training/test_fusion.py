@@ -305,7 +305,7 @@ def test_too_few_rows_or_one_class_leave_the_mean_of_both_predictions(
 
 @pytest.mark.parametrize("counting", [STATIC, LIVE])
 def test_a_fit_on_few_rows_stays_near_the_smaller_model(counting: Counting) -> None:
-    """60 rows cannot determine ten weights; without a penalty some weights would grow without limit."""
+    """60 rows cannot determine thirteen weights; without a penalty some weights would grow without limit."""
     drawn = world(planted)
     known = drawn.counted(counting).rows(slice(60))
     fitted = fit_weights(known, drawn.labels_B[:60], drawn.user_B[:60], drawn.rates())
