@@ -18,7 +18,7 @@ from models.segments import Segment
 from models.template import PromptKind, Template, Title, window_start
 
 Floats = NDArray[np.float32]
-NO_AGES = np.zeros(0, np.float32)
+UNKNOWN_AGES, NO_AGES = np.full(1, np.nan, np.float32), np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class AssembledUser:
     vector_C: Floats  # behind <User_ID>
     live_C: Floats  # for `score` with live counts; equal to `vector_C` until `Assembler.updated`
     liked_C: Floats  # the mean of the shown items' vectors; zero without a history
-    like_ages_L: Floats  # of the newest likes, for the counts of recent likes; empty if their times are not known
+    like_ages_L: Floats  # of the newest likes, for the counts of recent likes; NaN if not known, empty if all are old
     shown: tuple[HistoryItem, ...]  # the history items in the prompt
     history: HistoryUse
     cold: bool
@@ -87,7 +87,7 @@ class Assembler:
         user: UserFeatures | None,
         window: Sequence[HistoryItem],
         total: int,
-        like_ages_L: Floats = NO_AGES,
+        like_ages_L: Floats = UNKNOWN_AGES,
     ) -> AssembledUser:
         """Assemble the user segment for a window of liked items, oldest first, out of a history of `total`.
 

@@ -20,14 +20,15 @@ class UserPrior:
     observed as `target` instead, with variance `noise`: the two are fitted on train users treated as new. Impressions
     with a known outcome include the negatives: each is observed as its label, 1 or 0, with variance `outcome_noise`.
 
-    A user's bias also drifts: some users like nearly everything that they see today, and little of it next week. The
-    drift is a stationary Ornstein-Uhlenbeck process: its covariance at two moments is `drift_variance` times
+    A user's bias also drifts: a user may like nearly everything that they see today, and little of what they see next
+    week. The drift is a stationary Ornstein-Uhlenbeck process: its covariance at two moments is `drift_variance` times
     exp(-seconds between them / `drift_seconds`). Recent outcomes therefore say more about the moment of the score.
 
     Attributes:
         mean_C: the mean of the trained users' vectors.
         covariance_CC: their covariance; zero in the constant dimension.
-        outcome_noise: the variance of a label around stage 2's prediction without this label.
+        outcome_noise: the variance of an outcome. A bundle holds twice the variance of a label around stage 2's
+            prediction without this label; the strength and the drift are fitted with the single variance.
         strength: the number of train impressions after which half of the covariance is left.
         drift_variance: the variance of the drift of a user's bias; 0 for no drift.
         drift_seconds: the time after which the drift's correlation is 1 / e.
@@ -103,7 +104,8 @@ class UserPrior:
         system_HH = items_HC @ gain_CH + np.diag(noise_H)
         timed = len(times_A)
         system_HH[:timed, :timed] += self.drift(np.subtract.outer(times_A, times_A))
-        gain_CH[-2, :timed] += self.drift(at - times_A)  # a vector ends in b_u, 1
+        # A vector ends in b_u, 1. An outcome after the moment, by another machine's clock, counts as of the moment.
+        gain_CH[-2, :timed] += self.drift(np.maximum(at - times_A, 0.0))
         residual_H = observed_H - items_HC @ mean_C
         posterior_C: Floats = (mean_C + gain_CH @ np.linalg.solve(system_HH, residual_H)).astype(np.float32)
         return posterior_C

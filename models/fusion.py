@@ -11,8 +11,9 @@ training data, live counts at this moment: each kind has its own weights. With l
 come from a user vector that is updated with the user's newest outcomes (`UserPrior.updated`).
 
 A user who has liked several items within minutes tends to like the next one too. So the user's newest likes count once
-more, each with a weight that decays with its age: over minutes, and over a day. They also say what the user likes at
-the moment: the mean of their items' vectors is a second vector of the user's taste.
+more, each with a weight that decays with its age: over minutes, and over a day. A count larger than any of valid is
+taken as the largest of valid. Where the ages are not known, the mean count of valid stands in. The likes in the prompt
+also show the taste of the moment: the mean of their items' vectors is a second vector of the user's taste.
 
 Shapes: K pairs, C = d_C, L likes of a user.
 """
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -54,11 +55,12 @@ class Known:
         user_KC: collaborative vectors of the users, [p, b_u, 1], as trained or folded in from a history.
         live_user_KC: `user_KC` updated with the outcomes known at this moment; equal to `user_KC` for static counts.
         item_KC: collaborative vectors of the items, [q, 1, b_i].
-        liked_KC: the mean of the collaborative vectors of the user's newest likes, [q, 1, b_i]; zero without likes.
+        liked_KC: the mean of the collaborative vectors of the liked items in the prompt, [q, 1, b_i]; zero without any.
         user_impressions_K, user_positives_K: the user's impressions with a known outcome, and the positives.
         item_impressions_K, item_positives_K: the item's.
         cold_user_K, cold_item_K: True where the vector was not trained.
-        like_ages_KL: how long ago each of the user's newest likes was, in seconds; infinite where there is none.
+        like_ages_KL: how long ago each of the user's newest likes was, in seconds; infinite where there is none; NaN
+            where the ages of a user's likes are not known.
         live: whether the counts are live (up to this moment) or static (of the training data alone).
     """
 
@@ -109,13 +111,15 @@ class Rates(BaseModel):
 
 
 class Weight(BaseModel):
-    """One input's weight, with its 95 % interval (bootstrap over users)."""
+    """One input's weight, with its 95 % interval (bootstrap over users), and the input's mean and largest value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     value: float = Field(allow_inf_nan=False)
     low: float = Field(allow_inf_nan=False)
     high: float = Field(allow_inf_nan=False)
+    mean: float = Field(0.0, allow_inf_nan=False, description="of the input over valid")
+    most: float = Field(0.0, allow_inf_nan=False, description="the largest value of the input in valid")
 
 
 # The inputs in the order of the weights, each with the part of the score that it belongs to.
@@ -134,6 +138,7 @@ INPUTS: Mapping[str, str] = {
     "cold_user": "cold",
     "cold_item": "cold",
 }
+RECENT = ("recent_likes", "recent_likes_slow")  # counts, which may be unknown
 PARTS = ("lm", "collab", "user_rate", "item_rate", "recent_likes", "cold", "intercept")
 SIGNED = frozenset(
     {"cold_user", "cold_item"}
@@ -159,6 +164,13 @@ class Weights(BaseModel):
     intercept: float = Field(0.0, allow_inf_nan=False)
     weights: dict[str, Weight] = Field({"lm": Weight(value=1.0, low=1.0, high=1.0)})
 
+    @field_validator("weights")
+    @classmethod
+    def _known(cls, weights: dict[str, Weight]) -> dict[str, Weight]:
+        if unknown := sorted(weights.keys() - INPUTS.keys()):
+            raise ValueError(f"weights of unknown inputs: {', '.join(unknown)}")
+        return weights
+
 
 class Fusion(BaseModel):
     """The weights of `score` for static and for live counts, as the bundle holds them."""
@@ -179,8 +191,10 @@ class Fusion(BaseModel):
         parts = {name: np.zeros(len(known.lm_K)) for name in PARTS}
         parts["intercept"] += fitted.intercept
         for name, values in self.inputs(known).items():
-            if name in fitted.weights:
-                parts[INPUTS[name]] += fitted.weights[name].value * values
+            if (weight := fitted.weights.get(name)) is not None:
+                if name in RECENT:
+                    values = np.where(np.isnan(values), weight.mean, np.minimum(values, weight.most))
+                parts[INPUTS[name]] += weight.value * values
         return parts
 
     def logits(self, known: Known) -> Doubles:
@@ -193,7 +207,7 @@ class Fusion(BaseModel):
 
 
 def fusion_inputs(known: Known, rates: Rates) -> dict[str, Doubles]:
-    """Return every input of the logistic model by name, `(K,)` each, in the order of `INPUTS`."""
+    """Return every input of the logistic model by name, `(K,)` each, in the order of `INPUTS`; NaN if unknown."""
     user_KC = (known.live_user_KC if known.live else known.user_KC).astype(np.float64)
     item_KC = known.item_KC.astype(np.float64)
     user = (known.user_positives_K, known.user_impressions_K)
@@ -218,5 +232,5 @@ def fusion_inputs(known: Known, rates: Rates) -> dict[str, Doubles]:
 
 
 def _recent(ages_KL: Floats, seconds: float) -> Doubles:
-    """Return the number of likes, `(K,)`, each weighted by exp(-age / seconds)."""
+    """Return the number of likes, `(K,)`, each weighted by exp(-age / seconds); NaN if an age is."""
     return np.asarray(np.exp(-ages_KL.astype(np.float64) / seconds).sum(axis=-1), np.float64)

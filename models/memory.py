@@ -27,8 +27,8 @@ def keep_freed_memory() -> bool:
 def release_freed_memory() -> None:
     """Give the system back what is freed and kept.
 
-    Tensors of ever other sizes leave gaps between them, so what is kept grows with the steps of a training. Does
-    nothing without glibc.
+    The sizes of tensors change from step to step of a training. Freed blocks do not fit new tensors, so the kept memory
+    grows. Does nothing without glibc.
     """
     if platform.system() == "Linux":
         with suppress(OSError, AttributeError):

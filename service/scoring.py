@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from models.assembly import AssembledUser, Assembler, known_pairs, like_ages
+from models.assembly import UNKNOWN_AGES, AssembledUser, Assembler, known_pairs, like_ages
 from models.features import NO_COUNTS, Floats, HistoryItem, ItemFeatures, Outcome
 from models.fusion import Counts, Fusion, probabilities
 from models.packs import ScoringGroup
@@ -207,7 +207,7 @@ async def _assemble(
     def assemble() -> list[_Prompt]:
         at = time.time()
         updates = _Updates(merged, handle, at) if live else None
-        return [_assemble_one(one, merged, updates, handle.assembler, at) for one in resolved]
+        return [_assemble_one(one, merged, updates, handle.assembler, at if live else None) for one in resolved]
 
     return await asyncio.to_thread(assemble)
 
@@ -243,13 +243,21 @@ class _Updates:
 
 
 def _assemble_one(
-    resolved: Resolved, merged: Mapping[str, MergedUser], updates: _Updates | None, assembler: Assembler, at: float
+    resolved: Resolved,
+    merged: Mapping[str, MergedUser],
+    updates: _Updates | None,
+    assembler: Assembler,
+    at: float | None,
 ) -> _Prompt:
-    """`at` is the moment of the score, UTC seconds. The likes in a request's history have no times."""
+    """`at` is the moment of the score, UTC seconds; None if newer likes than the bundle's may be missing.
+
+    The likes in a request's history have no times.
+    """
     user_id = resolved.question.user_id
     known = merged[user_id].features
-    liked_at = () if known is None or resolved.source == "request" else known.history_times
-    ages_L = like_ages(liked_at, at, assembler.template)
+    ages_L = UNKNOWN_AGES
+    if at is not None and resolved.source != "request":
+        ages_L = like_ages(() if known is None else known.history_times, at, assembler.template)
     user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total, ages_L)
     if updates is not None:
         user = updates.of(user_id, user)

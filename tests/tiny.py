@@ -198,7 +198,10 @@ def _write_fusion(folder: Path, rng: np.random.Generator) -> None:
         }
         return Weights(
             intercept=intercept,
-            weights={name: Weight(value=one, low=one - 0.1, high=one + 0.1) for name, one in values.items()},
+            weights={
+                name: Weight(value=one, low=one - 0.1, high=one + 0.1, mean=0.4, most=1.5)
+                for name, one in values.items()
+            },
         )
 
     live, static = weights(-0.3), weights(-0.5)

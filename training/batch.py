@@ -1,6 +1,7 @@
 """Scoring a file of unlabelled pairs, in parts, so that any size fits in memory and a stopped run resumes.
 
-Each pair is scored under its user's stored history, as the service would without one in the request.
+Each pair is scored under its user's stored history, for a moment long after the bundle's last row, as in a service with
+an empty log: the drift of the user's bias is over, and no like is recent.
 """
 
 import json

@@ -119,7 +119,8 @@ def row_outcomes(dataset: Dataset, split: str, counting: Counting, tables: Table
     order_N, first_B, end_B = _before(code_N, times_N, code_B, before_B)
     stored_B = None
     if counting.live and "train" not in dataset.splits:
-        stored_B = [tables.stored_outcomes(one) for one in frame["user_id"]]
+        stored = {one: tables.stored_outcomes(one) for one in frame["user_id"].unique()}
+        stored_B = [stored[one] for one in frame["user_id"]]
     return RowOutcomes(known["item_id"][order_N], labels_N[order_N], times_N[order_N], first_B, end_B, stored_B)
 
 

@@ -4,14 +4,14 @@ Shapes: B rows of a split, K candidates of a group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from models.assembly import AssembledUser, Assembler, history_window, like_ages
+from models.assembly import NO_AGES, AssembledUser, Assembler, history_window, like_ages
 from models.features import Floats, ItemFeatures, Tables, UserFeatures
 from models.fusion import Counts, Known, raw_logits
 from models.ids import IdError
@@ -52,15 +52,15 @@ class Scorer:
         return found
 
     def stored_user(self, user_id: str) -> AssembledUser:
-        """Assemble a user with the bundle's stored history and outcomes; an unknown user has none."""
+        """Assemble a user with the bundle's stored history and outcomes; no like is recent."""
         user = self.tables.user(user_id)
         history, total = (user.history, user.history_total) if user else ((), 0)
-        return self.updated(user_id, self.user(user, history, total))
+        return replace(self.updated(user_id, self.user(user, history, total)), like_ages_L=NO_AGES)
 
     def updated(self, user_id: str, user: AssembledUser) -> AssembledUser:
-        """Return the user with a live vector updated with the bundle's outcomes, as in a service with an empty log.
+        """Return the user with a live vector updated with the bundle's outcomes.
 
-        The drift that these outcomes show is over: they are older than the score by far more than it lasts.
+        The score is for a moment long after the bundle's last row: the drift that the outcomes show is over.
         """
         evidence = self.tables.evidence(user_id, self.tables.stored_outcomes(user_id))
         return self.assembler.updated(user, evidence, at=np.inf)
@@ -87,7 +87,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class ScoredSplit:
-    """The raw scores of a split's rows, and the other inputs of the fusion that are no counts; `(B,)` and `(B, C)`.
+    """The raw scores of a split's rows, and the other inputs of the fusion except the counts; `(B,)` and `(B, C)`.
 
     `live_user_BC` are the users' vectors updated with the outcomes known at each row; None if no outcomes were given.
     """

@@ -8,8 +8,8 @@ cold flags have weight zero.
 
 With live counts the log-loss alone rewards the order of users more than the order of one user's items, which `/rank`
 serves. The two disagree: a user's rate is counted without the row, so it is lower before a like than before a dislike.
-So the loss with live counts has a second term, over pairs of a positive and a negative row of the same user. Afterwards
-the logits are calibrated again, by one intercept and one factor.
+So the loss with live counts has a second term, over pairs of a positive and a negative row of the same user. At the end
+the logits of both fits are calibrated, by one intercept and one factor.
 
 A row that fits the weights must not judge them. `cross_fitted` scores each row of valid by weights that were fitted on
 other users' rows.
@@ -36,7 +36,8 @@ PENALTY_USERS = 2.0
 # The penalty on cold flags, relative: a weight fitted on a few cold users seldom holds for others.
 COLD_PENALTY = 50.0
 PAIR_WEIGHT = 1.0  # weight of the loss over pairs; a user's pairs together count as many rows as the user has
-# Of a user with more pairs, so many for each row are drawn at random; fewer if all users have more than MAX_PAIRS.
+# A user has at most PAIRS_PER_ROW pairs for each row; with more, a random sample is taken. With many rows the limit
+# falls to MAX_PAIRS / rows, but not below one pair for each row.
 PAIRS_PER_ROW, MAX_PAIRS = 16, 500_000
 LEAST_ROWS, LEAST_OF_A_CLASS = 50, 10  # with fewer, the thirteen weights would be noise
 FOLDS = 5
@@ -92,12 +93,15 @@ def fit_weights(known: Known, labels_B: NDArray[np.number], users_B: NDArray[np.
     low_J = high_J = fitted.weights_J
     if fitted.minimum is not None:
         low_J, high_J = _intervals(design, fitted.minimum)
-    rounded = [np.round(one, 6) for one in (fitted.weights_J, low_J, high_J)]
+    inputs_NJ = design.inputs_NJ if len(design.inputs_NJ) else np.zeros((1, len(NAMES)))
+    rounded = [
+        np.round(one, 6) for one in (fitted.weights_J, low_J, high_J, inputs_NJ.mean(axis=0), inputs_NJ.max(axis=0))
+    ]
     return Weights(
         intercept=round(fitted.intercept, 6),
         weights={
-            name: Weight(value=float(value), low=float(low), high=float(high))
-            for name, value, low, high in zip(NAMES, *rounded, strict=True)
+            name: Weight(**dict(zip(("value", "low", "high", "mean", "most"), numbers, strict=True)))
+            for name, *numbers in zip(NAMES, *(one.tolist() for one in rounded), strict=True)
         },
     )
 
@@ -208,7 +212,7 @@ class _Fitted:
 
 @dataclass(frozen=True)
 class _Minimum:
-    """The minimum of a loss before the calibration, and the calibration's factor, which the weights contain."""
+    """The weights before the calibration, whose factor `_Fitted.weights_J` contains."""
 
     model: "_Penalised"
     weights: Doubles

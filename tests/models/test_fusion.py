@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from models.fusion import INPUTS, PARTS, SIGNED, Fusion, Known, Rates, Weight, Weights, fusion_inputs, raw_logits
 
 one_set = st.builds(
     lambda values, intercept: Weights(
         intercept=intercept,
-        weights={name: Weight(value=one, low=one, high=one) for name, one in zip(INPUTS, values, strict=True)},
+        weights={
+            name: Weight(value=one, low=one, high=one, most=2.0) for name, one in zip(INPUTS, values, strict=True)
+        },
     ),
     st.tuples(*(st.floats(-2, 2) if name in SIGNED else st.floats(0, 5) for name in INPUTS)),
     st.floats(-3, 3),
@@ -115,6 +118,20 @@ def test_a_recent_like_counts_by_its_age_and_by_the_taste_it_shows() -> None:
         "recent_likes_slow": 0,
         "recent_taste": 0,
     }
+
+
+def test_a_count_of_recent_likes_has_a_largest_value_and_if_unknown_is_the_mean() -> None:
+    likes = Weight(value=0.5, low=0.5, high=0.5, mean=0.3, most=2.0)
+    fusion = Fusion(live=Weights(weights={"recent_likes": likes}))
+    for ages, counted in (([0.0], 1.0), ([0.0] * 7, 2.0), ([np.nan], 0.3), ([np.inf], 0.0)):
+        known = replace(pair((3, 1), (5, 4)), like_ages_KL=np.array([ages], np.float32))
+        assert fusion.parts(known)["recent_likes"][0] == pytest.approx(0.5 * counted)
+        assert np.isfinite(fusion(known)).all()
+
+
+def test_weights_of_unknown_inputs_are_refused() -> None:
+    with pytest.raises(ValidationError, match="weights of unknown inputs: moon_phase"):
+        Weights(weights={"moon_phase": Weight(value=1.0, low=1.0, high=1.0)})
 
 
 def test_chosen_rows_keep_everything_that_is_known_of_them() -> None:

@@ -80,7 +80,7 @@ class Reference:
             item_positives_K=np.array([of_item.positives]),
             cold_user_K=np.array([user is None or user.vector_C is None]),
             cold_item_K=np.array([not item.trained]),
-            like_ages_KL=np.zeros((1, 0), np.float32),  # every like in the tables is long ago
+            like_ages_KL=np.full((1, 1), np.nan, np.float32),  # without a log newer likes may be missing
             live=False,  # the service under test has no log
         )
         return float(self.fusion(known)[0])

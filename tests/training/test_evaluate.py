@@ -187,6 +187,7 @@ def test_what_is_known_of_a_row_is_what_the_service_assembles(
         newest = newest[max(0, len(liked) - scorer.assembler.template.config.max_history) :]
         ages_L = known.like_ages_KL[row]
         np.testing.assert_array_equal(ages_L[np.isfinite(ages_L)], (at - newest).astype(np.float32))
+        assert np.isnan(alone.like_ages_KL).all()  # a stored user has no moment
         told = vars(known.rows(slice(row, row + 1))) | {"like_ages_KL": alone.like_ages_KL}
         for name, value in told.items():
             np.testing.assert_allclose(value, vars(alone)[name], atol=1e-6, err_msg=name)

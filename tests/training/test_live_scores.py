@@ -129,7 +129,7 @@ def with_recent_likes(fusion: Fusion) -> Fusion:
 
     def changed(weights: Weights) -> Weights:
         more = {
-            name: Weight(value=one, low=one, high=one)
+            name: Weight(value=one, low=one, high=one, most=1.4)
             for name, one in (("recent_likes", 0.5), ("recent_likes_slow", 0.3), ("recent_taste", 2.0))
         }
         return weights.model_copy(update={"weights": weights.weights | more})

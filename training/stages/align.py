@@ -32,7 +32,7 @@ from training.stages.text_prior import items_under_text_prior, users_of_labels
 PRIOR_NUMBERS = ("target", "noise", "outcome_noise", "strength", "drift_variance", "drift_seconds")
 LEAST_NOISE = 1e-3  # least noise of an outcome: with zero noise the system in `UserPrior` can be singular
 # How much larger the bundle's noise of an outcome is. With the fitted noise, each outcome moves a user's bias so far
-# that scores of one user's items at different moments compare badly: AUC +0.002, UAUC -0.006 (MovieLens-1M, valid).
+# that scores of one user's items at different moments compare badly: AUC +0.002, UAUC -0.007 (MovieLens-1M, valid).
 OUTCOME_CAUTION = 2.0
 DRIFT_VARIANCES = (0.0025, 0.005, 0.01, 0.02, 0.04)
 DRIFT_SECONDS = (300.0, 1800.0, 14_400.0, 86_400.0, 604_800.0)

@@ -123,7 +123,8 @@ class Offline:
         `user_CC` are the user's static vector and the live vector, `liked` the items of the history in the prompt;
         without `times` it is a request's history, whose likes have no times.
         """
-        likes = self.likes.get(user_id, [])[-self.most_likes :] if times else []
+        likes = self.likes.get(user_id, [])[-self.most_likes :]
+        ages = [max(0.0, time.time() - at) for at, _ in likes] if live and times else [math.nan]
         user = None if user_id in self.deleted else self.tables.user(user_id)
         item = self.tables.item(result["item_id"])
         of_user = (user.counts if user else Counts()) + self.users.get(user_id, Counts())
@@ -141,7 +142,7 @@ class Offline:
             item_positives_K=np.array([of_item.positives]),
             cold_user_K=np.array([user is None or user.vector_C is None]),
             cold_item_K=np.array([item is None or not item.trained]),
-            like_ages_KL=np.array([[max(0.0, time.time() - at) for at, _ in likes]], np.float32),
+            like_ages_KL=np.array([ages], np.float32),
             live=live,
         )
         return float(self.fusion.logits(known)[0])
