@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -57,10 +58,13 @@ async def test_scores_from_redis_are_those_from_the_tables_to_the_bit(
 
 
 async def test_what_one_server_is_told_the_others_know(
-    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(redis, bundle)
-    like = {"event_id": "e1", "user_id": "u1", "item_id": "i7", "label": True, "timestamp": time.time()}
+    now = time.time()
+    # Scores depend on the time since the like: every request is at the same moment.
+    monkeypatch.setattr("service.scoring.time", SimpleNamespace(time=lambda: now, monotonic=time.monotonic))
+    like = {"event_id": "e1", "user_id": "u1", "item_id": "i7", "label": True, "timestamp": now}
     async with (
         served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "a") as one,
         served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "b") as other,
@@ -72,7 +76,7 @@ async def test_what_one_server_is_told_the_others_know(
         while after == before:  # a slow Redis is not waited for: it may take a moment
             after = await ranked(other)
         for told, asked in zip(after, await ranked(one), strict=True):
-            assert told == (asked[0], pytest.approx(asked[1], abs=1e-5), *asked[2:])  # the drift depends on the time
+            assert told == (asked[0], pytest.approx(asked[1], abs=1e-6), *asked[2:])
 
 
 async def eventually(compare: Callable[[], Awaitable[None]]) -> None:
