@@ -112,6 +112,17 @@ def test_a_drifting_bias_follows_the_newest_outcomes_and_is_forgotten(trained: b
     assert np.array_equal(at(5000.0, plain), at(np.inf, plain))
 
 
+def test_an_outcome_ahead_of_the_clock_counts_as_one_of_the_moment() -> None:
+    rng = np.random.default_rng(4)
+    known = replace(prior(rng, 5), drift_variance=0.5, drift_seconds=100.0)
+    vector, item = rng.normal(size=5).astype(np.float32), rng.normal(size=(1, 5)).astype(np.float32)
+    now, ahead = (
+        known.updated(vector, 5, item, np.ones(1, np.float32), np.array([time]), 1000.0, item[:0])
+        for time in (1000.0, 8200.0)
+    )
+    np.testing.assert_array_equal(ahead, now)
+
+
 def test_the_text_map_finds_a_linear_map_and_trusts_by_weight() -> None:
     rng = np.random.default_rng(0)
     semantic = rng.normal(size=(300, 6)).astype(np.float32) + 5
