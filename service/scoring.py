@@ -205,9 +205,8 @@ async def _assemble(
     """Tokenize and assemble in a thread, so that the event loop stays free. `live` also updates the live vectors."""
 
     def assemble() -> list[_Prompt]:
-        at = time.time()
-        updates = _Updates(merged, handle, at) if live else None
-        return [_assemble_one(one, merged, updates, handle.assembler, at if live else None) for one in resolved]
+        updates = _Updates(merged, handle) if live else None
+        return [_assemble_one(one, merged, updates, handle.assembler) for one in resolved]
 
     return await asyncio.to_thread(assemble)
 
@@ -225,8 +224,8 @@ class _Updates:
     A trained user's live vector does not depend on the history of a question, so it is computed once a request.
     """
 
-    def __init__(self, merged: Mapping[str, MergedUser], handle: BundleHandle, at: float) -> None:
-        self._assembler, self._at = handle.assembler, at
+    def __init__(self, merged: Mapping[str, MergedUser], handle: BundleHandle) -> None:
+        self._assembler, self.at = handle.assembler, time.time()  # `at` is the moment of the scores, UTC seconds
         self._evidence = {
             one: handle.tables.evidence(one, _outcomes(one, user, handle)) for one, user in merged.items()
         }
@@ -236,28 +235,20 @@ class _Updates:
         """Return the user of one question with an updated live vector."""
         if user_id in self._trained:
             return replace(user, live_C=self._trained[user_id])
-        updated = self._assembler.updated(user, self._evidence[user_id], self._at)
+        updated = self._assembler.updated(user, self._evidence[user_id], self.at)
         if not user.cold:
             self._trained[user_id] = updated.live_C
         return updated
 
 
 def _assemble_one(
-    resolved: Resolved,
-    merged: Mapping[str, MergedUser],
-    updates: _Updates | None,
-    assembler: Assembler,
-    at: float | None,
+    resolved: Resolved, merged: Mapping[str, MergedUser], updates: _Updates | None, assembler: Assembler
 ) -> _Prompt:
-    """`at` is the moment of the score, UTC seconds; None if newer likes than the bundle's may be missing.
-
-    The likes in a request's history have no times.
-    """
     user_id = resolved.question.user_id
     known = merged[user_id].features
-    ages_L = UNKNOWN_AGES
-    if at is not None and resolved.source != "request":
-        ages_L = like_ages(() if known is None else known.history_times, at, assembler.template)
+    ages_L = UNKNOWN_AGES  # a request's history has no times, and without live counts newer likes may be missing
+    if updates is not None and resolved.source != "request":
+        ages_L = like_ages(() if known is None else known.history_times, updates.at, assembler.template)
     user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total, ages_L)
     if updates is not None:
         user = updates.of(user_id, user)

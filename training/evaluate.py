@@ -171,8 +171,7 @@ def score_split(
             for row in run.tolist():
                 ages_L = like_ages(liked_at, times_B[row], template)
                 scored.like_ages_BL[row, : len(ages_L)] = ages_L
-            if outcomes is not None and scored.live_user_BC is not None:
-                for row in run.tolist():
+                if outcomes is not None and scored.live_user_BC is not None:
                     evidence = scorer.tables.evidence(user_ids[row], outcomes.of(row))
                     scored.live_user_BC[row] = scorer.assembler.updated(user, evidence, times_B[row]).live_C
             groups.append(scorer.assembler.group(user, [items[item_ids[row]] for row in rows.item_row[run]]))

@@ -100,8 +100,8 @@ def fit_weights(known: Known, labels_B: NDArray[np.number], users_B: NDArray[np.
     return Weights(
         intercept=round(fitted.intercept, 6),
         weights={
-            name: Weight(**dict(zip(("value", "low", "high", "mean", "most"), numbers, strict=True)))
-            for name, *numbers in zip(NAMES, *(one.tolist() for one in rounded), strict=True)
+            name: Weight(value=value, low=low, high=high, mean=mean, most=most)
+            for name, value, low, high, mean, most in zip(NAMES, *(one.tolist() for one in rounded), strict=True)
         },
     )
 
@@ -212,7 +212,7 @@ class _Fitted:
 
 @dataclass(frozen=True)
 class _Minimum:
-    """The weights before the calibration, whose factor `_Fitted.weights_J` contains."""
+    """The weights before the calibration, and the factor by which the calibration multiplies them."""
 
     model: "_Penalised"
     weights: Doubles

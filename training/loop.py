@@ -24,9 +24,7 @@ from training.progress import TaskProgress
 from training.run import Run, read_tensors, write_tensors
 
 Step = TypeVar("Step")
-RELEASE_SECONDS = (
-    20.0  # how often freed memory goes back to the system: at every step it would cost a tenth of the time
-)
+RELEASE_SECONDS = 20.0  # how often freed memory goes back to the system, which then has to clear it for the next step
 
 
 class TrainingError(RuntimeError):
