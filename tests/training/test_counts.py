@@ -110,6 +110,13 @@ def test_without_train_the_bundles_outcomes_come_first_and_valid_is_among_them()
     assert found.of(2) == ()
 
 
+def test_the_bundles_outcomes_are_read_once_for_each_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(Tables, "stored_outcomes", lambda self, user_id: read.append(user_id) or ())
+    row_outcomes(dataset(test=[(row % 2, 0, True, float(row)) for row in range(9)]), "test", LIVE, STORED)
+    assert sorted(read) == ["u0", "u1"]
+
+
 def test_the_newest_outcomes_are_kept() -> None:
     rows = [(0, second % 3, second % 2 == 0, float(second)) for second in range(MAX_OUTCOMES + 30)]
     found = row_outcomes(dataset(test=rows), "test", LIVE, STORED).of(len(rows) - 1)
