@@ -22,6 +22,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PIP) torch==2.13.0
+	@$(PIP) -e '.[gguf]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.installed
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
@@ -30,7 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	@$(BIN)/python deploy/demo.py $(if $(ONCE),--once)
 
-$(VENV)/.load-installed: $(VENV)/.installed
+$(VENV)/.load-installed: $(VENV)/.dev-installed
 	@$(PIP) -e '.[load]'
 	@touch $@
 
@@ -67,7 +71,7 @@ test-faults: $(VENV)/.servers-installed
 	$(BIN)/python -m pytest tests/faults
 
 # Ten thousand generated requests to each route that takes a body; by hand, about half an hour.
-fuzz: $(VENV)/.installed
+fuzz: $(VENV)/.dev-installed
 	FUZZ_SCALE=63 $(BIN)/python -m pytest tests/service/test_fuzz.py --timeout 3600
 
 # Twenty minutes at 80 % of capacity, then a verdict on memory and errors; by hand.
@@ -89,7 +93,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm -W "ignore:Unclosed context:ResourceWarning"
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -97,10 +101,10 @@ lint: $(VENV)/.installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
 # Known vulnerabilities of what is installed. Where the database cannot be reached it says so and ends well.
-audit: $(VENV)/.installed
+audit: $(VENV)/.dev-installed
 	$(BIN)/python deploy/audit.py
 
-format: $(VENV)/.installed
+format: $(VENV)/.dev-installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -21,11 +21,10 @@ from models.ids import IdError, canonical_id
 from models.loading import Bundle
 from models.packs import ScoringGroup
 from training.data.errors import DataError
-from training.evaluate import Scorer
+from training.evaluate import SCORING_TOKENS, Scorer
 from training.progress import Progress, no_progress
 from training.run import write_json
 
-MAX_TOKENS = 4096
 GROUPS_AT_ONCE = 64
 FORMATS = (".parquet", ".csv")
 
@@ -170,7 +169,7 @@ def _score_part(
             waiting[start : start + GROUPS_AT_ONCE],
             groups,
             users_known,
-            scorer.model.score(groups, MAX_TOKENS),
+            scorer.model.score(groups, SCORING_TOKENS),
             strict=True,
         ):
             raw[rows] = scores

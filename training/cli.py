@@ -130,7 +130,7 @@ def evaluate(
             histories = histories.delayed(split, times_B - delay)
         outcomes = row_outcomes(dataset, split, counting, scorer.tables)
         with progress_bar(f"scoring {split}") as progress:
-            scored = score_split(scorer, dataset, histories, split, 4096, progress, outcomes)
+            scored = score_split(scorer, dataset, histories, split, progress=progress, outcomes=outcomes)
         report = judge_bundle(opened.fusion(), scored, dataset, histories, split, scorer.tables, counting)
         if as_json:
             print(json.dumps(report))

@@ -25,6 +25,7 @@ from training.metrics import REPLICATES, Interval, compare_scores, evaluate_scor
 from training.progress import Progress, no_progress
 
 SCORE = "score"  # the scorer that the bundle serves
+SCORING_TOKENS = 4096  # tokens of one forward without gradients; on a CPU twice as fast as 1,024 with a small model
 GROUPS_AT_ONCE = 64  # groups handed to the model together, so that forwards fill up and memory stays bounded
 
 
@@ -132,7 +133,7 @@ def score_split(
     dataset: Dataset,
     histories: Histories,
     split: str,
-    max_tokens: int,
+    max_tokens: int = SCORING_TOKENS,
     progress: Progress = no_progress,
     outcomes: RowOutcomes | None = None,
 ) -> ScoredSplit:

@@ -26,7 +26,7 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import lsq_linear, minimize, minimize_scalar
 from scipy.special import betaln, expit
 
-from models.fusion import INPUTS, SIGNED, Doubles, Floats, Fusion, Known, Rates, Weight, Weights, fusion_inputs
+from models.fusion import INPUTS, RECENT, SIGNED, Doubles, Floats, Fusion, Known, Rates, Weight, Weights, fusion_inputs
 from training.counts import counts_by_id
 
 PENALTY_ROWS = 5.0  # the penalty on each weight of the smaller model, in rows
@@ -49,6 +49,7 @@ COLLAB = np.array([INPUTS[name] == "collab" for name in NAMES])
 LM = np.array([name == "lm" for name in NAMES])
 RATES = np.array([name in ("user_rate", "item_rate") for name in NAMES])
 COLD = np.array([name in SIGNED for name in NAMES])
+COUNTED = np.array([name in RECENT for name in NAMES])
 
 
 def fit_rates(train: pl.DataFrame) -> Rates:
@@ -204,10 +205,12 @@ class _Pairs:
 class _Fitted:
     intercept: float
     weights_J: Doubles
+    most_J: Doubles  # the largest value of each count of recent likes in the fit, infinite for other inputs
     minimum: "_Minimum | None" = None  # None where nothing was fitted
 
     def logits(self, inputs_NJ: Doubles) -> Doubles:
-        return np.asarray(self.intercept + inputs_NJ @ self.weights_J)
+        # As in serving: a rare count beyond the fitted rows, times a large weight, would decide the spread of a fold.
+        return np.asarray(self.intercept + np.minimum(inputs_NJ, self.most_J) @ self.weights_J)
 
 
 @dataclass(frozen=True)
@@ -309,7 +312,8 @@ def _fit(design: _Design, rates: Rates) -> _Fitted:
     minimum = whole.minimum()
     intercept, weights_J = whole.unscaled(minimum)
     offset, factor = _calibration(intercept + design.inputs_NJ @ weights_J, design.labels_N)
-    return _Fitted(offset + factor * intercept, factor * weights_J, _Minimum(whole, minimum, factor))
+    most_J = np.where(COUNTED, design.inputs_NJ.max(axis=0), np.inf)
+    return _Fitted(offset + factor * intercept, factor * weights_J, most_J, _Minimum(whole, minimum, factor))
 
 
 def _calibration(logits_N: Doubles, labels_N: NDArray[np.bool_]) -> tuple[float, float]:
@@ -327,7 +331,7 @@ def _prior(rates: Rates) -> _Fitted:
     """
     slope = 1 / (rates.base * (1 - rates.base))
     intercept = (np.log(rates.base / (1 - rates.base)) - slope * rates.base) / 2
-    return _Fitted(float(intercept), COLLAB * slope / 2 + LM * 0.5)
+    return _Fitted(float(intercept), COLLAB * slope / 2 + LM * 0.5, np.full(len(NAMES), np.inf))
 
 
 def _intervals(design: _Design, minimum: _Minimum, seed: int = 0) -> tuple[Doubles, Doubles]:

@@ -106,9 +106,7 @@ def fit(
         scorer = _scorer(run, prepared, histories, collab, tables, projections)
         with run.progress("scoring valid", dataset.splits["valid"].height, unit="row") as progress:
             outcomes = row_outcomes(dataset, "valid", LIVE, scorer.tables)
-            scored = score_split(
-                scorer, dataset, histories, "valid", run.config.max_tokens, progress.count, outcomes=outcomes
-            )
+            scored = score_split(scorer, dataset, histories, "valid", progress=progress.count, outcomes=outcomes)
         fitted = fit_and_judge(scored, dataset, histories, scorer.tables, run.config.seed)
         report |= fitted.report
         _write(run, out, prepared, scorer, projections, fitted, dataset, report)

@@ -33,12 +33,12 @@ def precision_study(
         BundleError, BackboneError: the bundle cannot be used.
     """
     opened, own = open_scorer(bundle, device, None)
-    own_B = score_split(own, dataset, histories, split, 4096, lambda done, total: progress(done, 2 * total)).raw_B
+    own_B = score_split(own, dataset, histories, split, progress=lambda done, total: progress(done, 2 * total)).raw_B
     _, other = open_scorer(bundle, device, dtype)
     # The same vectors of items outside the catalogue: they are data here, not what is compared.
     other = Scorer(other.model, own.tables, own.assembler)
     other_B = score_split(
-        other, dataset, histories, split, 4096, lambda done, total: progress(total + done, 2 * total)
+        other, dataset, histories, split, progress=lambda done, total: progress(total + done, 2 * total)
     ).raw_B
     labels_B = dataset.splits[split]["label"].to_numpy()
     users_B = histories.of_split(split).user_code

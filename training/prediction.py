@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.packs import Pack
 from models.template import PromptKind
+from training.evaluate import SCORING_TOKENS
 from training.examples import Examples, Int32, Targets, forwards, rows_of
 from training.metrics import Floats, auc, uauc
 from training.run import Run
@@ -23,7 +24,7 @@ def predict(run: Run, examples: Examples, kind: PromptKind, targets: Targets, fo
     """Return the logit of every target of a split, `(B,)`; 0 for rows that are in no group. Shared by processes."""
     logits_B = torch.zeros(len(targets), dtype=torch.float64)
     packs = [(examples.pack(kind, targets, rows), rows) for rows in targets.groups]
-    batches = run.share(list(forwards(packs, run.config.max_tokens)))
+    batches = run.share(list(forwards(packs, max(run.config.max_tokens, SCORING_TOKENS))))
     progress = run.inner_progress(f"{kind.value}, scoring {targets.split}", sum(len(rows_of(one)) for one in batches))
     for batch in batches:
         rows = rows_of(batch)

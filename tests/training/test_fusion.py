@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 
 from models.fusion import INPUTS, SIGNED, Fusion, Known, Rates, Weight, Weights
 from training.counts import LIVE, STATIC, Counting, RowCounts, row_counts
@@ -352,6 +352,23 @@ def test_tiny_train_gives_usable_rates(labels: list[int]) -> None:
 def test_fusions_are_equal_for_equal_rows() -> None:
     drawn = world(planted)
     assert drawn.fusion() == drawn.fusion()
+
+
+@pytest.mark.parametrize("counting", [STATIC, LIVE])
+def test_a_recent_like_of_one_user_leaves_the_cross_fitted_scores_of_all_others_calibrated(counting: Counting) -> None:
+    """The counts of all other users are at most 6e-9, so their weight is large; this user has 80,000 times as much."""
+    drawn = world(planted)
+    rng = np.random.default_rng(5)
+    ages_B = np.where((rng.random(len(drawn.labels_B)) < 0.2) & (drawn.labels_B > 0), 5_700.0, np.inf)
+    one = drawn.user_B == drawn.user_B[0]
+    ages_B[one] = 2_300.0
+    without = drawn.counted(counting)
+    told = replace(without, like_ages_KL=ages_B.astype(np.float32)[:, None])
+    losses = [
+        log_loss(drawn.labels_B[~one], cross_fitted(known, drawn.labels_B, drawn.user_B, drawn.rates())[~one])
+        for known in (told, without)
+    ]
+    assert losses[0] < losses[1] + 0.01
 
 
 def test_recent_likes_that_tell_the_label_get_a_weight() -> None:

@@ -49,8 +49,8 @@ class FilmsConfig(SyntheticConfig):
     items: int = Field(default_factory=lambda: read_films().height, ge=2)
     train_rows: int = Field(default=16_000, ge=1)
     # A language model of 135 M parameters scores some forty rows a second on two cores.
-    valid_rows: int = Field(default=1_000, ge=1)
-    test_rows: int = Field(default=1_500, ge=1)
+    valid_rows: int = Field(default=800, ge=1)
+    test_rows: int = Field(default=1_200, ge=1)
     genres: int = Field(default=len(GENRES), ge=2)
     # A few hundred rows of new films in valid and in test: enough to tell an AUC of 0.60 from chance.
     cold_items: float = Field(default=0.13, ge=0, le=0.5)

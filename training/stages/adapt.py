@@ -172,9 +172,7 @@ def distil_items(run: Run, examples: Examples, backbone: Backbone) -> Tensor:
         if mine:
             packed = PackedModel(backbone)
             progress = run.inner_progress("item vectors", len(mine))
-            vectors[mine] = torch.from_numpy(
-                packed.distil([prompts[row] for row in mine], run.config.max_tokens, progress.count)
-            )
+            vectors[mine] = torch.from_numpy(packed.distil([prompts[row] for row in mine], progress=progress.count))
         vectors = run.sum(vectors.to(run.device)).cpu()
         if run.is_main:
             write_tensors(path, {"semantic": vectors})
