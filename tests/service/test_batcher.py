@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models.segments import Segment
 from service.batcher import BatchLimits, DeadlineExceededError
 from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, Outcome, ScoreJob
-from tests.service.echo import EchoEngine, echo_scores
+from tests.service.echo import EchoEngine, echo_logits
 from tests.service.queueing import LIMITS, Queue, group, later, turns
 
 pytestmark = pytest.mark.anyio
@@ -19,7 +19,7 @@ async def test_a_long_group_is_cut_to_batches_and_put_together_again(echo: EchoE
     long = group(40)
     queue = Queue(echo)
     [scores], _ = await queue.score(long)
-    np.testing.assert_array_equal(scores, echo_scores(long))
+    np.testing.assert_array_equal(scores, echo_logits(long))
     assert len(echo.batches) == 3
     jobs = [job for batch in echo.batches for job in batch if isinstance(job, ScoreJob)]
     assert all(job.group.pack.tokens <= LIMITS.batch_tokens for job in jobs)
@@ -36,7 +36,7 @@ def test_every_request_gets_its_own_scores_whatever_its_neighbours(shapes: list[
         answers = await asyncio.gather(*(queue.score(*groups) for groups in requests))
         for groups, (scores, _) in zip(requests, answers, strict=True):
             for one, got in zip(groups, scores, strict=True):
-                np.testing.assert_array_equal(got, echo_scores(one))
+                np.testing.assert_array_equal(got, echo_logits(one))
         for batch in engine.batches:
             tokens = sum(job.group.pack.tokens for job in batch if isinstance(job, ScoreJob))
             assert len(batch) == 1 or tokens <= 100
@@ -56,7 +56,7 @@ async def test_a_cancelled_request_never_reaches_the_engine(echo: EchoEngine) ->
     echo.gate.set()
     await first
     [scores], _ = await kept
-    np.testing.assert_array_equal(scores, echo_scores(group(seed=3)))
+    np.testing.assert_array_equal(scores, echo_logits(group(seed=3)))
     assert [len(batch) for batch in echo.batches] == [1, 1]
     assert echo.cancelled == []
     assert queue.gauge == 0
@@ -154,7 +154,7 @@ async def test_one_failed_job_spares_its_batch_neighbours(echo: EchoEngine) -> N
     with pytest.raises(JobFailedError):
         await bad
     [scores], _ = await good
-    np.testing.assert_array_equal(scores, echo_scores(group(seed=4)))
+    np.testing.assert_array_equal(scores, echo_logits(group(seed=4)))
     assert [len(batch) for batch in echo.batches] == [1, 2]
 
 

@@ -9,7 +9,7 @@ import torch
 from models.bundle import BundleError
 from models.loading import Bundle
 from models.packs import ScoringGroup
-from models.scorer import score
+from models.scorer import logit
 from models.scoring_model import ScoringModel
 from models.segments import Segment, SlotKind
 from service.engines.packed import PackedModel, PackedSource
@@ -81,7 +81,7 @@ def test_warming_up_passes_a_good_model_and_refuses_a_bad_one(
     packed: PackedModel, model: ScoringModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed.warm_up()
-    monkeypatch.setattr(model, "score", lambda groups, max_tokens: [][0])
+    monkeypatch.setattr(model, "logits", lambda groups, max_tokens, vectors: [][0])
     with pytest.raises(JobFailedError):
         packed.warm_up()
 
@@ -97,7 +97,7 @@ def test_jobs_of_two_bundles_share_a_batch_and_each_gets_its_own_projections(
 ) -> None:
     alike = tiny_bundle(tmp_path / "alike", rest_seed=7)
     packed = PackedModel(bundle, bundle.model(), batch_tokens=2048)
-    packed.attach(BundlePlace(alike.folder, alike.id))
+    packed.attach(BundlePlace(alike.folder, alike.id))()
     works = [(one, group) for one in (bundle, alike, bundle, alike) for group in groups_of(one)]
     for _ in range(2):  # the second time out of the caches
         outcomes = packed.score([group for _, group in works], [one.id for one, _ in works])
@@ -149,7 +149,7 @@ def groups_of(bundle: Bundle) -> list[ScoringGroup]:
 def reference(model: ScoringModel, bundle: Bundle, group: ScoringGroup) -> list[float]:
     """Each candidate alone by `models.scorer`; both bundles have this model's backbone."""
     return [
-        score(
+        logit(
             model.backbone,
             group.pack.trunk + branch.segment,
             bundle.projections(),
