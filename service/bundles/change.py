@@ -1,8 +1,10 @@
 """A change of bundles: verify, check memory, load beside the old, switch between requests, drain, free."""
 
 import asyncio
+import gc
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -193,7 +195,8 @@ class BundleChanges:
         usages = [model.engine.usage() for model in self._models]
         await asyncio.to_thread(check_memory, bundle.manifest, self._settings, usages, shared=shared)
         self._step(step="opening tables and tokenizer")
-        parts = await asyncio.to_thread(open_parts, bundle)
+        with _no_collections():
+            parts = await asyncio.to_thread(open_parts, bundle)
         self._step(step="counting interactions")
         try:
             await self._interactions.count(parts.counts)
@@ -273,6 +276,20 @@ class BundleChanges:
     def _step(self, **changed: str) -> None:
         assert self.last is not None
         self.last = replace(self.last, **changed)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep the garbage collector from looking through a million ids and titles, which stops the event loop for 0.6 s.
+
+    They are never part of a circle, so they are freed with the last reference, frozen or not.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _refused(error: Exception) -> BundleRefusedError:

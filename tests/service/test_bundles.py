@@ -1,8 +1,10 @@
 """Changes of bundles with engines that compute at once: roles, routing, refusals, draining."""
 
 import asyncio
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -264,6 +266,29 @@ async def test_a_ranking_tells_apart_what_no_probability_does(
     turned = (await client.post("/rank", json={**RANK, "candidates": RANK["candidates"][::-1]})).json()["results"]
     assert {one["score"] for one in answer} == {one["raw_score"] for one in answer} == {1.0}
     assert [one["item_id"] for one in answer] == [one["item_id"] for one in turned]
+
+
+async def test_a_bundle_that_is_freed_leaves_no_table_behind_without_the_collector(
+    client: httpx.AsyncClient, service: Collaborators, family: Family
+) -> None:
+    """What serves is frozen, so a circle of references would never be freed."""
+    first = [weakref.ref(part) for part in (service.bundles.current.tables, service.bundles.current.assembler)]
+    await rank(client)
+    gc.freeze()
+    gc.disable()
+    try:
+        for bundle in (family.other, family.alike):
+            await give(client, bundle)
+            await rank(client)
+            await until(lambda: not service.changes.draining)
+            frozen = gc.get_freeze_count()
+            assert frozen > 10_000 and not any(part() for part in first)
+            handle = service.bundles.current
+            first = [weakref.ref(part) for part in (handle.tables, handle.assembler)]
+            del handle
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 async def test_shares_that_make_no_sense_are_refused(client: httpx.AsyncClient, family: Family) -> None:
