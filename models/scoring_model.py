@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.backbone import Backbone
 from models.packed import PackedModel, Part, Row, computed_of
-from models.packs import Floats, ScoringGroup
+from models.packs import Floats, ScoringGroup, room
 from models.prefix_cache import CacheCounts, PrefixCache, chunk_names
 from models.projected import ProjectedRows, SlotVectors
 from models.projection import Projections
@@ -83,7 +83,8 @@ class ScoringModel:
         """Return log p(Yes) - log p(No) of each group's candidates, `(K,)` fp32 in candidate order.
 
         `vectors` are those of each group's slots; without it they are the model's own. A group longer than `max_tokens`
-        takes several forwards, and its trunk is computed in the first; shorter ones share forwards.
+        takes several forwards, each as long as `room` says, and its trunk is computed in the first; shorter ones share
+        forwards.
 
         Raises:
             NotFiniteError: a logit is not finite; names the group.
@@ -203,13 +204,15 @@ def _project(rows: Sequence[tuple[ProjectedRows, Floats]]) -> Tensor:
 def _batches(parts: Iterable[_GroupPart], max_tokens: int) -> Iterator[list[_Trunk]]:
     """Fill forwards in order; parts of equal text and equal vectors share a trunk."""
     trunks: dict[bytes, _Trunk] = {}
-    tokens = 0
+    tokens = most = 0
     for part in parts:
         key = part.names[-1] if part.names else b""
         added = part.own_tokens if key in trunks else part.group.pack.tokens
-        if trunks and tokens + added > max_tokens:
+        if trunks and tokens + added > most:
             yield list(trunks.values())
             trunks, tokens, added = {}, 0, part.group.pack.tokens
+        if not trunks:
+            most = room(len(part.group.pack.trunk), max_tokens)
         trunks.setdefault(key, _Trunk([])).parts.append(part)
         tokens += added
     if trunks:

@@ -1,11 +1,13 @@
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.packs import Pack
 from models.segments import Segment
 from service.batcher import BatchLimits, DeadlineExceededError
 from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, Outcome, ScoreJob
@@ -24,6 +26,28 @@ async def test_a_long_group_is_cut_to_batches_and_put_together_again(echo: EchoE
     jobs = [job for batch in echo.batches for job in batch if isinstance(job, ScoreJob)]
     assert all(job.group.pack.tokens <= LIMITS.batch_tokens for job in jobs)
     assert queue.gauge == 0
+
+
+@pytest.mark.parametrize("trunk", [95, 100, 400])
+async def test_a_batch_shorter_than_the_shared_prefix_still_takes_several_candidates(
+    echo: EchoEngine, trunk: int
+) -> None:
+    queue = Queue(echo, BatchLimits(queue_tokens=10**6, batch_tokens=100, ahead_s=0.001, in_flight=1))
+    long = group(40, trunk=trunk)
+    [scores], _ = await queue.score(long)
+    np.testing.assert_array_equal(scores, echo_logits(long))
+    assert len(echo.batches) == 4  # of ten candidates of five tokens
+    echo.batches.clear()
+    alone = [
+        replace(long, pack=Pack(long.pack.trunk, (one,)), item_KC=long.item_KC[:1], semantic_KD=long.semantic_KD[:1])
+        for one in long.pack.branches
+    ]
+    echo.gate.clear()
+    requests = [queue.score(one) for one in alone]
+    await turns()
+    echo.gate.set()
+    await asyncio.gather(*requests)
+    assert len(echo.batches) < 7
 
 
 @given(shapes=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=8))
