@@ -43,8 +43,8 @@ class EngineAlone:
         return self._assembler.group(self._assembler.user(known, shown, total), candidates)
 
     def score(self, groups: Sequence[ScoringGroup], max_tokens: int) -> list[Floats]:
-        """Return each group's raw probabilities, `(K,)`."""
-        return self._model.score(groups, max_tokens=max_tokens)
+        """Return each group's logits, `(K,)`."""
+        return self._model.logits(groups, max_tokens=max_tokens)
 
     def forward_s(self, group: ScoringGroup, max_tokens: int) -> float:
         """Score one group; return its seconds."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.cold import UserPrior
 from models.features import Evidence, HistoryItem, ItemFeatures, UserFeatures
-from models.fusion import Counts, Known, raw_logits
+from models.fusion import Counts, Known
 from models.packs import Branch, Pack, ScoringGroup
 from models.segments import Segment
 from models.template import PromptKind, Template, Title, window_start
@@ -73,9 +73,10 @@ class Assembler:
         self.template = template
         self.prior = prior
         # Catalogue titles recur in every request; each is tokenized once.
-        self._title = lru_cache(maxsize=title_cache)(lambda text: template.titles([text])[0])
+        # Neither refers to `self`: a circle would keep a freed bundle's memory until the collector finds it.
+        self._title = title = lru_cache(maxsize=title_cache)(lambda text: template.titles([text])[0])
         self._candidate = lru_cache(maxsize=title_cache)(
-            lambda text: template.candidate(PromptKind.PROJECT, self.title(text))
+            lambda text: template.candidate(PromptKind.PROJECT, title(text))
         )
 
     def title(self, text: str) -> Title:
@@ -143,14 +144,14 @@ class Assembler:
 
 
 def known_pairs(
-    raw_K: Floats,
+    lm_K: NDArray[np.floating],
     group: ScoringGroup,
     user: tuple[Counts, AssembledUser],
     items: Sequence[tuple[Counts, bool]],
     *,
     live: bool,
 ) -> Known:
-    """Return the inputs of `Fusion` for a group's pairs.
+    """Return the inputs of `Fusion` for a group's pairs, whose logits are `lm_K`.
 
     `user` holds the user's counts and the assembled user; `items` hold each item's counts and whether it is cold.
     `live` says whether the counts are live or only the bundle's.
@@ -158,7 +159,7 @@ def known_pairs(
     counts_K2 = np.array([counts for counts, _ in items], np.int64)
     (impressions, positives), assembled = user
     return Known(
-        lm_K=raw_logits(raw_K),
+        lm_K=lm_K,
         user_KC=np.broadcast_to(group.user_1C, group.item_KC.shape),
         live_user_KC=np.broadcast_to(assembled.live_C if live else group.user_1C, group.item_KC.shape),
         item_KC=group.item_KC,

@@ -10,6 +10,7 @@ Shapes: T tokens of the row, R branch tokens among them, N branches, S tokens of
 them new, L layers, H query heads, J key/value heads, E dimensions of a head.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from transformers import AttentionInterface
 from models.kernels import attend, merge
 
 NAME = "sella_packed"
+RECTANGLE = 2048  # tokens: about what the kernels of one more rectangle cost
 
 
 class Attends(Protocol):
@@ -47,16 +49,25 @@ class TrunkSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnTokens:
-    """The branches' tokens as a rectangle, one branch a row.
+class Rectangle:
+    """The tokens of branches of similar length, one branch a row.
 
     A shorter branch repeats its last token. Causal attention hides that from the rest, and unlike a zero or a
     neighbour's token it is not NaN unless the branch itself is.
     """
 
-    rectangle_NS: Tensor  # places in the row
+    branches_N: Tensor  # which branches
+    places_NS: Tensor  # in the row
     repeats_NS: Tensor  # True where a token is repeated
-    places_R: Tensor  # of each branch token in the flattened rectangle
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTokens:
+    """The branches' tokens in rectangles: one, or several where a few long branches would pad all the others."""
+
+    rectangles: tuple[Rectangle, ...]
+    order_N: Tensor  # of each branch among the rows of all rectangles
+    places_R: Tensor  # of each branch token among the places of all rectangles
     answers_N: Tensor  # each branch's last token, its place in the row
 
     @classmethod
@@ -64,11 +75,40 @@ class OwnTokens:
         """Lay out branches of these lengths that follow each other from place `start` on."""
         lengths_N = torch.tensor(lengths)
         ends_N = start + lengths_N.cumsum(0)
-        columns_S = torch.arange(int(lengths_N.max()))
-        rectangle_NS = (ends_N - lengths_N)[:, None] + torch.minimum(columns_S, lengths_N[:, None] - 1)
-        repeats_NS = columns_S >= lengths_N[:, None]
-        places_R = (~repeats_NS).flatten().nonzero().flatten()
-        return cls(*(one.to(device) for one in (rectangle_NS, repeats_NS, places_R, ends_N - 1)))
+        first_N = torch.empty_like(lengths_N)  # the place of each branch's first token among those of all rectangles
+        rectangles, taken, shorter = [], 0, 0
+        for longest in _widths(lengths):
+            branches_N = ((lengths_N > shorter) & (lengths_N <= longest)).nonzero().flatten()
+            own_N = lengths_N[branches_N, None]
+            columns_S = torch.arange(longest)
+            places_NS = ends_N[branches_N, None] - own_N + torch.minimum(columns_S, own_N - 1)
+            first_N[branches_N] = taken + longest * torch.arange(len(branches_N))
+            rectangles.append(Rectangle(*(one.to(device) for one in (branches_N, places_NS, columns_S >= own_N))))
+            taken, shorter = taken + places_NS.numel(), longest
+        order_N = torch.cat([one.branches_N for one in rectangles]).argsort()
+        begins_N = ends_N - lengths_N - start
+        places_R = torch.arange(int(lengths_N.sum())) + (first_N - begins_N).repeat_interleave(lengths_N)
+        return cls(tuple(rectangles), order_N, places_R.to(device), (ends_N - 1).to(device))
+
+
+def _widths(lengths: Sequence[int]) -> list[int]:
+    """Return the widths of the rectangles, ascending, that make tokens and repeats together the fewest.
+
+    A further rectangle counts as `RECTANGLE` tokens.
+    """
+    counted = sorted(Counter(lengths).items())
+    longest = counted[-1][0]
+    if longest * len(lengths) - sum(lengths) <= RECTANGLE:
+        return [longest]
+    best: list[tuple[int, list[int]]] = [(0, [])]  # of the shortest lengths: the cost, and the widths
+    for end in range(1, len(counted) + 1):
+        branches, options = 0, []
+        for begin in range(end - 1, -1, -1):
+            branches += counted[begin][1]
+            options.append((best[begin][0] + RECTANGLE + branches * counted[end - 1][0], begin))
+        cost, begin = min(options)
+        best.append((cost, [*best[begin][1], counted[end - 1][0]]))
+    return best[-1][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +145,16 @@ class PackedLayout:
 
     def _attend_own(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Let every branch attend to itself, causally."""
-        query_NHSE, key_NJSE, value_NJSE = (
-            one[0, :, self.own.rectangle_NS].transpose(0, 1) for one in (query, key, value)
-        )
-        out_NHSE, lse_NHS = attend(query_NHSE, key_NJSE, value_NJSE, scale=scale, causal=True)
-        out = out_NHSE.transpose(0, 1).flatten(1, 2)[None, :, self.own.places_R]
-        return out, lse_NHS.transpose(0, 1).flatten(1, 2)[None, :, self.own.places_R]
+        outs, lses = [], []
+        for rectangle in self.own.rectangles:
+            query_NHSE, key_NJSE, value_NJSE = (
+                one[0, :, rectangle.places_NS].transpose(0, 1) for one in (query, key, value)
+            )
+            out_NHSE, lse_NHS = attend(query_NHSE, key_NJSE, value_NJSE, scale=scale, causal=True)
+            outs.append(out_NHSE.transpose(0, 1).flatten(1, 2))
+            lses.append(lse_NHS.transpose(0, 1).flatten(1, 2))
+        places_R = self.own.places_R
+        return torch.cat(outs, 1)[None, :, places_R], torch.cat(lses, 1)[None, :, places_R]
 
 
 def packed_attention(

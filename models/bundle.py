@@ -12,12 +12,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.template import TemplateConfig
 
 FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
+ADAPTER = "adapter"
+WIDEST = 2**20  # of a vector
+READ_BYTES = 16 * 2**20  # read and hashed at once
 
 
 class BundleError(ValueError):
@@ -54,11 +59,11 @@ class BackboneEntry(_Frozen):
 class Dimensions(_Frozen):
     """Sizes of the tables and projections."""
 
-    d_collab: int
-    d_hidden: int
-    d_model: int
-    users: int
-    items: int
+    d_collab: int = Field(ge=3, le=WIDEST)  # two of them hold the biases
+    d_hidden: int = Field(ge=1, le=WIDEST)
+    d_model: int = Field(ge=1, le=WIDEST)
+    users: int = Field(ge=0)
+    items: int = Field(ge=0)
 
 
 class Manifest(_Frozen):
@@ -92,11 +97,11 @@ class Manifest(_Frozen):
 
 def merged_id(base_id: str, adapter: Path, dtype: str) -> str:
     """Return the identity of merged weights: hashed from what they are made of, so that it holds on any machine."""
-    parts = [
-        base_id,
-        dtype,
-        *(f"{name}:{entry.sha256}" for name, entry in sorted(_describe(adapter).items())),
-    ]
+    return _merged(base_id, dtype, _describe(adapter))
+
+
+def _merged(base_id: str, dtype: str, adapter: Mapping[str, FileEntry]) -> str:
+    parts = [base_id, dtype, *(f"{name}:{entry.sha256}" for name, entry in sorted(adapter.items()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -133,6 +138,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+            raise OSError("not a regular file")
         raw = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror or error}; is {folder} a bundle?") from error
@@ -173,7 +180,46 @@ def verify(folder: Path, only: str | None = None, hashes: Mapping[str, str] | No
             raise BundleError(f"{path}: {path.stat().st_size} bytes, expected {entry.size}")
         if (_hash(path) if hashes is None else hashes.get(name)) != entry.sha256:
             raise BundleError(f"{path}: altered since it was written (sha256 differs)")
+    _check_merged_id(folder, manifest)
     return manifest
+
+
+def read_verified(folder: Path, manifest: Manifest, name: str) -> NDArray[np.uint8]:
+    """Return a file's bytes in this process's own memory, checked as they were read.
+
+    Nothing that becomes of the file later changes what was read. A mapped file would: an overwritten one changes
+    scores, and a shortened one ends the process with SIGBUS.
+
+    Raises:
+        BundleError: names the file, which is missing or altered.
+    """
+    path, entry = folder / name, manifest.files.get(name)
+    if entry is None or not path.is_file():
+        raise BundleError(f"{path}: missing")
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.size:
+                raise BundleError(f"{path}: {size} bytes, expected {entry.size}")
+            content = np.empty(size, np.uint8)
+            done = 0
+            while count := file.readinto(content.data[done : done + READ_BYTES]):
+                digest.update(content.data[done : done + count])
+                done += count
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if done != size or digest.hexdigest() != entry.sha256:
+        raise BundleError(f"{path}: altered since it was written (sha256 differs)")
+    return content
+
+
+def _check_merged_id(folder: Path, manifest: Manifest) -> None:
+    """Bundles of equal merged weights share one language model, so the identity must be the adapter's own."""
+    entry, prefix = manifest.backbone, f"{ADAPTER}/"
+    adapter = {name.removeprefix(prefix): one for name, one in manifest.files.items() if name.startswith(prefix)}
+    if _merged(entry.base_id, entry.dtype, adapter) != entry.merged_id:
+        raise BundleError(f"{folder / ADAPTER}: not the adapter that the manifest's merged_id is of")
 
 
 def copy_tree(source: Path, target: Path) -> None:

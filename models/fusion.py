@@ -29,7 +29,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-RAW_EDGE = 1e-7  # raw scores are clipped to this distance from 0 and 1: fp32 may have rounded them to 0 or 1
 SLOW = 8.0  # strength of the second, slower smoothing, as a multiple of the fitted strength
 RECENT_S, RECENT_SLOW_S = 300.0, 86_400.0  # the age at which a like counts 1 / e in each count of recent likes
 
@@ -98,8 +97,12 @@ class Rates(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: float = Field(0.5, gt=0, lt=1, description="share of positives in train")
-    user_strength: float = Field(10.0, gt=0, description="impressions at the base rate that a user starts with")
-    item_strength: float = Field(5.0, gt=0, description="impressions at the base rate that an item starts with")
+    user_strength: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="impressions at the base rate that a user starts with"
+    )
+    item_strength: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="impressions at the base rate that an item starts with"
+    )
 
     def distance(
         self, positives_K: NDArray[np.integer], impressions_K: NDArray[np.integer], strength: float
@@ -145,15 +148,9 @@ SIGNED = frozenset(
 )  # a cold flag may raise or lower a score; the weights of other inputs are not negative
 
 
-def raw_logits(raw_K: Floats) -> Doubles:
-    """Return the logits of raw scores, `(K,)`, in fp64: `Known.lm_K`."""
-    clipped = np.clip(raw_K.astype(np.float64), RAW_EDGE, 1 - RAW_EDGE)
-    return np.asarray(np.log(clipped) - np.log1p(-clipped), np.float64)
-
-
-def probabilities(logits_K: Doubles) -> Doubles:
-    """Return the probabilities of logits, `(K,)`."""
-    return np.asarray(1 / (1 + np.exp(-logits_K)), np.float64)
+def probabilities(logits_K: NDArray[np.floating]) -> Doubles:
+    """Return the probabilities of logits, `(K,)`, in fp64: fp32 rounds every logit above 16.6 to 1."""
+    return np.asarray(np.exp(-np.logaddexp(0.0, -logits_K.astype(np.float64))), np.float64)
 
 
 class Weights(BaseModel):
@@ -201,9 +198,9 @@ class Fusion(BaseModel):
         """Return the logit of `score`, `(K,)`."""
         return np.asarray(np.sum([*self.parts(known).values()], axis=0), np.float64)
 
-    def __call__(self, known: Known) -> Floats:
+    def __call__(self, known: Known) -> Doubles:
         """Return `score`, `(K,)`: calibrated probabilities."""
-        return probabilities(self.logits(known)).astype(np.float32)
+        return probabilities(self.logits(known))
 
 
 def fusion_inputs(known: Known, rates: Rates) -> dict[str, Doubles]:

@@ -66,14 +66,18 @@ class AnswersOnly:
 
     def _attend_own(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Let every answer attend to its own branch, in fp32; one query a branch needs no kernel."""
-        rectangle_NS, heads = self.packed.own.rectangle_NS, self.key.shape[1]
-        key_NJSE, value_NJSE = (one[0, :, rectangle_NS].transpose(0, 1).float() for one in (self.key, self.value))
-        query_NJGE = query[0].transpose(0, 1).unflatten(1, (heads, -1)).float() * scale
-        scores_NJGS = query_NJGE @ key_NJSE.transpose(-1, -2)
-        scores_NJGS = scores_NJGS.masked_fill(self.packed.own.repeats_NS[:, None, None], -torch.inf)
-        out_NJGE = scores_NJGS.softmax(-1) @ value_NJSE
-        lse_NJG = scores_NJGS.logsumexp(-1)
-        return out_NJGE.flatten(1, 2).transpose(0, 1)[None].to(query.dtype), lse_NJG.flatten(1, 2).T[None]
+        own, heads, outs, lses = self.packed.own, self.key.shape[1], [], []
+        queries_NJGE = query[0].transpose(0, 1).unflatten(1, (heads, -1)).float() * scale
+        for one in own.rectangles:
+            key_NJSE, value_NJSE = (
+                each[0, :, one.places_NS].transpose(0, 1).float() for each in (self.key, self.value)
+            )
+            scores_NJGS = queries_NJGE[one.branches_N] @ key_NJSE.transpose(-1, -2)
+            scores_NJGS = scores_NJGS.masked_fill(one.repeats_NS[:, None, None], -torch.inf)
+            outs.append((scores_NJGS.softmax(-1) @ value_NJSE).flatten(1, 2))
+            lses.append(scores_NJGS.logsumexp(-1).flatten(1, 2))
+        out_NHE, lse_NH = torch.cat(outs)[own.order_N], torch.cat(lses)[own.order_N]
+        return out_NHE.transpose(0, 1)[None].to(query.dtype), lse_NH.T[None]
 
 
 class LastLayer(nn.Module):

@@ -3,34 +3,45 @@
 Shapes: U users, I items, C = d_C, D = d_L.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 
 from models.assembly import Assembler
 from models.backbone import DTYPES, Backbone, load_backbone, load_tokenizer
-from models.bundle import BundleError, Manifest, merged_id, verify
+from models.bundle import ADAPTER, BundleError, Manifest, merged_id, read_verified, verify
 from models.cold import TextMap, UserPrior
+from models.contents import (
+    OUTCOMES,
+    read_collab,
+    read_fold_in,
+    read_fusion,
+    read_items,
+    read_semantic,
+    read_tensors,
+    read_users,
+)
+from models.definition import NAMES as DEFINITION
 from models.definition import Definition
-from models.features import Floats, Outcome, Tables
+from models.features import Outcome, Tables
 from models.fusion import Fusion
 from models.probe import probe
 from models.projection import Projections
 from models.scoring_model import CACHE_BYTES, ScoringModel
 from models.sources import weights_folder
-from models.template import Template, window_start
+from models.template import Template
 from models.tokens import TextEncoder
 
-PROJECTION = "projection.safetensors"
+USERS_FILE, ITEMS_FILE = "users.parquet", "items.parquet"
+COLLAB, SEMANTIC, PROJECTION = "collab.safetensors", "semantic.safetensors", "projection.safetensors"
+FOLD_IN, FUSION = "fold_in.json", "fusion.json"
 BACKBONE = "backbone"  # the folder of the tokenizer and config.json, and of the weights if the bundle holds them
-OUTCOME_COLUMNS = ("outcome_items", "outcome_labels", "outcome_times")
 FP8 = "fp8"
 PRECISIONS = (*DTYPES, FP8)
 
@@ -57,14 +68,17 @@ class Bundle:
         return self.manifest.bundle_id
 
     def tables(self) -> Tables:
-        """Load the users and items; the large tensors stay memory-mapped."""
-        users = pl.read_parquet(self.folder / "users.parquet")
-        items = pl.read_parquet(self.folder / "items.parquet")
-        collab = _map_tensors(self.folder / "collab.safetensors")
-        semantic = _map_tensors(self.folder / "semantic.safetensors")
-        fold = json.loads((self.folder / "fold_in.json").read_text())
-        self._check_histories(users)
-        self._check_outcomes(users, items)
+        """Load the users and items into this process's own memory.
+
+        Raises:
+            BundleError: names the file that is altered, or holds what cannot be served.
+        """
+        sizes = self.manifest.dimensions
+        items = read_items(*self._file(ITEMS_FILE), sizes.items)
+        users = read_users(*self._file(USERS_FILE), sizes.users, self.manifest.template, items["item_id"])
+        collab = read_collab(*self._file(COLLAB), sizes)
+        semantic = read_semantic(*self._file(SEMANTIC), sizes)
+        fold = read_fold_in(*self._file(FOLD_IN))
         return Tables(
             user_ids=users["user_id"].to_list(),
             item_ids=items["item_id"].to_list(),
@@ -74,7 +88,7 @@ class Bundle:
             histories=[tuple(one) for one in users["history"].to_list()],
             history_times=[tuple(one) for one in users["history_times"].to_list()],
             history_totals=users["history_total"].to_list(),
-            outcomes=_StoredOutcomes(users.select(OUTCOME_COLUMNS)),
+            outcomes=_StoredOutcomes(users.select(*OUTCOMES)),
             train_impressions_U=users["train_impressions"].to_numpy(),
             user_counts_U2=users.select("impressions", "positives").to_numpy(),
             item_counts_I2=items.select("impressions", "positives").to_numpy(),
@@ -82,50 +96,22 @@ class Bundle:
             item_vectors_IC=collab["item_vectors"],
             fold_vectors_IC=collab["fold_vectors"],
             semantic_ID=semantic["vectors"],
-            prior=UserPrior(collab["prior_mean"], collab["prior_covariance"], **fold),
-            text_map=TextMap(semantic["map_center"], semantic["map_weight"], semantic["map_offset"]),
+            # Copies: what outlives the tables must not keep the memory of a whole file.
+            prior=UserPrior(collab["prior_mean"].copy(), collab["prior_covariance"].copy(), **fold.model_dump()),
+            text_map=TextMap(*(semantic[name].copy() for name in ("map_center", "map_weight", "map_offset"))),
         )
 
-    def _check_histories(self, users: pl.DataFrame) -> None:
-        """Raise BundleError where a stored history is too short for the template's window, or its times are not its."""
-        lengths = users["history"].list.len(), users["history_times"].list.len()
-        rows = zip(users["user_id"], *lengths, users["history_total"], strict=True)
-        for user_id, stored, timed, total in rows:
-            if stored != timed:
-                raise BundleError(
-                    f"{self.folder / 'users.parquet'}: user {user_id!r} has {stored} stored items and {timed} times"
-                )
-            wanted = total - window_start(total, self.manifest.template)
-            if stored < wanted:
-                raise BundleError(
-                    f"{self.folder / 'users.parquet'}: user {user_id!r} has {stored} stored items; the window needs"
-                    f" {wanted}"
-                )
-
-    def _check_outcomes(self, users: pl.DataFrame, items: pl.DataFrame) -> None:
-        """Raise BundleError if outcomes are missing, lack a label or a time, or name an item outside the catalogue."""
-        for column in (*OUTCOME_COLUMNS, "train_impressions"):
-            if column not in users.columns:
-                raise BundleError(
-                    f"{self.folder / 'users.parquet'}: column '{column}' is missing; train the bundle again"
-                )
-        lengths = (users[column].list.len() for column in OUTCOME_COLUMNS)
-        for user_id, stored, labelled, timed in zip(users["user_id"], *lengths, strict=True):
-            if not stored == labelled == timed:
-                raise BundleError(
-                    f"{self.folder / 'users.parquet'}: user {user_id!r} has {stored} outcomes, {labelled} labels and"
-                    f" {timed} times"
-                )
-        named = users["outcome_items"].explode().drop_nulls()
-        unknown = named.filter(~named.is_in(items["item_id"].to_list()))
-        if len(unknown):
-            raise BundleError(
-                f"{self.folder / 'users.parquet'}: outcome of item {unknown[0]!r}, which is not in items.parquet"
-            )
-
     def fusion(self) -> Fusion:
-        """Load the weights of `score`."""
-        return Fusion.model_validate_json((self.folder / "fusion.json").read_text())
+        """Load the weights of `score`.
+
+        Raises:
+            BundleError: fusion.json is altered, or holds a weight that cannot be used.
+        """
+        return read_fusion(*self._file(FUSION))
+
+    def _file(self, name: str) -> tuple[NDArray[np.uint8], Path]:
+        """Return a file's bytes, checked as they are read, and its path for messages."""
+        return read_verified(self.folder, self.manifest, name), self.folder / name
 
     def backbone(self, *, device: str = "cpu", dtype: str | None = None) -> Backbone:
         """Load the language model, merge its adapter, and probe it.
@@ -140,10 +126,20 @@ class Bundle:
         own = self.folder / BACKBONE
         source = own if entry.source == BACKBONE else weights_folder(entry.source, entry.revision)
         backbone = load_backbone(source, definition=own, dtype=torch.float32, device=device)
+        _leave_files(backbone)
         base_id = Definition.read(own).identify(backbone.weights_id())
-        if base_id != entry.base_id or merged_id(base_id, self.folder / "adapter", entry.dtype) != entry.merged_id:
+        if base_id != entry.base_id:
             raise BundleError(f"backbone {source}: its weights are not those the bundle was trained on")
-        backbone.load_lora(self.folder / "adapter")
+        if backbone.d_model != self.manifest.dimensions.d_model:
+            raise BundleError(
+                f"backbone {source}: it is {backbone.d_model} wide; the manifest's dimensions say"
+                f" {self.manifest.dimensions.d_model}"
+            )
+        _check_finite(backbone, f"backbone {source}")
+        backbone.load_lora(self.folder / ADAPTER)
+        if merged_id(base_id, self.folder / ADAPTER, entry.dtype) != entry.merged_id:  # as it is after it was read
+            raise BundleError(f"{self.folder / ADAPTER}: altered since it was written")
+        _check_finite(backbone, str(self.folder / ADAPTER))
         backbone.merge_lora(DTYPES[dtype or entry.dtype])
         if (backbone.answers.yes, backbone.answers.no) != (entry.yes_id, entry.no_id):
             raise BundleError(f"backbone {source}: its tokenizer has other ids for Yes and No")
@@ -151,10 +147,21 @@ class Bundle:
         return backbone
 
     def projections(self) -> Projections:
-        """Load both projections."""
+        """Load both projections.
+
+        Raises:
+            BundleError: the file is altered, or holds what cannot be served.
+        """
         sizes = self.manifest.dimensions
-        projections = Projections(sizes.d_collab, sizes.d_hidden, sizes.d_model)
-        projections.load_state_dict(load_file(self.folder / PROJECTION))
+        with torch.device("meta"):
+            projections = Projections(sizes.d_collab, sizes.d_hidden, sizes.d_model)
+        shapes = {name: tuple(one.shape) for name, one in projections.state_dict().items()}
+        tensors = read_tensors(*self._file(PROJECTION), shapes)
+        if not (tensors["collab.spread_C"] > 0).all():
+            raise BundleError(
+                f"{self.folder / PROJECTION}: tensor 'collab.spread_C' holds a spread that is not positive"
+            )
+        projections.load_state_dict({name: torch.tensor(one) for name, one in tensors.items()}, assign=True)
         return projections.requires_grad_(False)
 
     def model(
@@ -198,8 +205,16 @@ class Bundle:
         return cls(folder, manifest)
 
     def encoder(self) -> TextEncoder:
-        """Load the tokenizer alone: all that assembling prompts needs of the language model."""
-        return TextEncoder(load_tokenizer(self.folder / BACKBONE))
+        """Load the tokenizer alone: all that assembling prompts needs of the language model.
+
+        Raises:
+            BundleError: it was altered while it was loaded.
+        """
+        encoder = TextEncoder(load_tokenizer(self.folder / BACKBONE))
+        for name in (f"{BACKBONE}/{one}" for one in DEFINITION):
+            if name in self.manifest.files:
+                read_verified(self.folder, self.manifest, name)
+        return encoder
 
     def assembler(self, encoder: TextEncoder, tables: Tables) -> Assembler:
         """Return the assembler of this bundle's prompts and vectors."""
@@ -210,7 +225,7 @@ class Bundle:
 class _StoredOutcomes(Sequence[tuple[Outcome, ...]]):
     """Each user's outcomes. As columns they take 25 bytes each in memory, as objects 170."""
 
-    columns: pl.DataFrame  # `OUTCOME_COLUMNS`, a list of each for every user
+    columns: pl.DataFrame  # `OUTCOMES`, a list of each for every user
 
     def __len__(self) -> int:
         return self.columns.height
@@ -222,6 +237,16 @@ class _StoredOutcomes(Sequence[tuple[Outcome, ...]]):
         return (tuple(map(Outcome, *told)) for told in self.columns.iter_rows())
 
 
-def _map_tensors(path: Path) -> dict[str, Floats]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+def _leave_files(backbone: Backbone) -> None:
+    """Copy weights that are mapped from their file: a file that changes or shrinks would change or end the process."""
+    with torch.no_grad():
+        for tensor in (*backbone.causal_lm.parameters(), *backbone.causal_lm.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
+
+
+def _check_finite(backbone: Backbone, where: str) -> None:
+    """Raise BundleError if a weight is not finite: a token that the probe's prompts lack would show it much later."""
+    for name, tensor in backbone.causal_lm.named_parameters():
+        if not bool(torch.isfinite(torch.stack((tensor.detach().min(), tensor.detach().max()))).all()):
+            raise BundleError(f"{where}: tensor '{name}' holds a value that is not finite")

@@ -45,14 +45,22 @@ class Pack:
         return sum(branch.attach + len(branch.segment) for branch in self.branches)
 
 
-def split_pack(pack: Pack, max_tokens: int) -> Iterator[tuple[Pack, range]]:
-    """Split a pack's branches so that no part exceeds `max_tokens`; yields each part and its branches' indices.
+def room(trunk_tokens: int, max_tokens: int) -> int:
+    """Return the tokens of a forward that begins with a trunk: half of `max_tokens` is always left for its branches.
 
-    A part has at least one branch, however long.
+    Otherwise a trunk as long as `max_tokens` would make one forward for each branch.
     """
-    start, tokens = 0, len(pack.trunk)
+    return max(max_tokens, trunk_tokens + max_tokens // 2)
+
+
+def split_pack(pack: Pack, max_tokens: int) -> Iterator[tuple[Pack, range]]:
+    """Split a pack's branches so that no part exceeds `max_tokens`, or the `room` behind a long trunk.
+
+    Yields each part and its branches' indices. A part has at least one branch, however long.
+    """
+    start, tokens, most = 0, len(pack.trunk), room(len(pack.trunk), max_tokens)
     for index, branch in enumerate(pack.branches):
-        if index > start and tokens + len(branch.segment) > max_tokens:
+        if index > start and tokens + len(branch.segment) > most:
             yield Pack(pack.trunk, pack.branches[start:index]), range(start, index)
             start, tokens = index, len(pack.trunk)
         tokens += len(branch.segment)
@@ -77,7 +85,7 @@ class ScoringGroup:
                 raise ValueError(f"{name}: {vectors.dtype} of shape {vectors.shape}; need float32, {rows} rows")
 
     def parts(self, max_tokens: int) -> Iterator["ScoringGroup"]:
-        """Yield the group cut into parts of at most `max_tokens`, candidates in order, each with the whole trunk."""
+        """Yield the group cut by `split_pack`, candidates in order, each part with the whole trunk."""
         for pack, where in split_pack(self.pack, max_tokens):
             rows = slice(where.start, where.stop)
             yield ScoringGroup(pack, self.user_1C, self.item_KC[rows], self.semantic_KD[rows])

@@ -4,17 +4,24 @@ Two-row logits ignore caps and scales that some architectures put on their final
 plain causal attention with explicit positions, not for sliding windows, ALiBi and the like. Rather than keep a list of
 architectures, each loaded backbone is compared with its own full forward, and refused if they differ. Both sides get a
 real prompt: an architecture may agree on random ids but differ on text, or differ without its BOS token.
+
+`prove` compares again what a bundle will be served with: compiled or in fp8, with its own projections and vectors.
 """
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from models.backbone import Backbone, BackboneError
 from models.packed import PackedModel, Part, Row
-from models.packs import Branch, Pack
+from models.packs import Branch, Floats, Pack, ScoringGroup
+from models.projected import SlotVectors
 from models.prompt_tree import TreeModel, lay_out
-from models.segments import Segment
+from models.scorer import logit
+from models.scoring_model import ScoringModel
+from models.segments import Segment, SlotKind
 
 if TYPE_CHECKING:  # the template's configuration needs pydantic, scoring alone does not
     from models.template import Template
@@ -22,6 +29,10 @@ if TYPE_CHECKING:  # the template's configuration needs pydantic, scoring alone 
 HISTORY_TOKENS = 96
 TITLES = ("The Copper Lighthouse (1987)", "Nine Letters from Étretat (2003)", "Up (2009)", "A Winter's Debt, Part 2")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+COMPARED = 4  # candidates of a proof that the reference scores too, a forward each
+LARGE = 8.0  # a logit above this is compared relative to its size
+FP8_TOLERANCE = 2.0  # twice what fp8 changes of random weights; `sella-train precision` measures it on data
+LEAST_SPREAD = 0.1  # of the reference's spread among the candidates: less, and the path does not tell them apart
 
 
 @torch.no_grad()
@@ -62,6 +73,54 @@ def probe(backbone: Backbone, template: "Template", history_tokens: int = HISTOR
             " use it"
         )
     return worst
+
+
+@torch.no_grad()
+def prove(model: ScoringModel, group: ScoringGroup, vectors: SlotVectors, max_tokens: int) -> float:
+    """Score a real prompt on the path that will serve, and some of its candidates by `models.scorer`.
+
+    Returns:
+        the largest difference, in logits.
+
+    Raises:
+        NotFiniteError: a logit is not finite.
+        BackboneError: the two differ beyond rounding.
+    """
+    [ours_K] = model.logits([group], max_tokens, [vectors])
+    chosen = np.unique(np.linspace(0, len(ours_K) - 1, COMPARED).astype(int)).tolist()
+    theirs = np.array([_reference(model, group, vectors, one) for one in chosen])
+    return check_logits(ours_K[chosen], theirs, model.backbone.dtype, fp8=model.fp8)
+
+
+def check_logits(ours_K: Floats, theirs_K: NDArray[np.floating], dtype: torch.dtype, *, fp8: bool = False) -> float:
+    """Return the largest difference of logits from the reference's.
+
+    Raises:
+        BackboneError: they differ beyond rounding.
+    """
+    tolerance = FP8_TOLERANCE if fp8 else TOLERANCE[dtype]
+    allowed = tolerance * max(1.0, float(np.abs(theirs_K).max()) / LARGE)
+    worst = float(np.abs(ours_K - theirs_K).max())
+    remedy = "where SELLA_COMPILED or SELLA_DTYPE is set, unset it"
+    if not worst <= allowed:
+        raise BackboneError(
+            f"its logits differ by {worst:.3g} from the reference's, and rounding explains {allowed:.3g}; {remedy}"
+        )
+    ours, theirs = float(np.ptp(ours_K)), float(np.ptp(theirs_K))
+    if theirs > TOLERANCE[torch.float32] and ours < LEAST_SPREAD * theirs:
+        raise BackboneError(f"its logits are within {ours:.3g}, and the reference's within {theirs:.3g}; {remedy}")
+    return worst
+
+
+def _reference(model: ScoringModel, group: ScoringGroup, vectors: SlotVectors, candidate: int) -> float:
+    """Return a candidate's logit by the reference."""
+    slots = {
+        SlotKind.USER: torch.from_numpy(group.user_1C[0]),
+        SlotKind.ITEM: torch.from_numpy(group.item_KC[candidate]),
+        SlotKind.WARM: torch.from_numpy(group.semantic_KD[candidate]),
+    }
+    prompt = group.pack.trunk + group.pack.branches[candidate].segment
+    return logit(model.backbone, prompt, vectors.projections, slots)
 
 
 def check_window(backbone: Backbone, template: "Template") -> None:

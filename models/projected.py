@@ -23,7 +23,7 @@ class SlotVectors:
     def __init__(self, projections: Projections, identity: str, width: int, like: Tensor) -> None:
         """`like` gives the dtype and device of the outputs, `width` is D."""
         self.identity = identity
-        projections = projections.to(like.device).eval()
+        self.projections = projections = projections.to(like.device).eval()
         self.collab = ProjectedRows(projections.collab, width, like, PROJECTED_BYTES)
         self.warm = ProjectedRows(projections.warm, width, like, PROJECTED_BYTES)
 

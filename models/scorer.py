@@ -10,14 +10,24 @@ from models.projection import Projections
 from models.segments import Segment, SlotKind
 
 
-@torch.no_grad()
 def score(
     backbone: Backbone,
     prompt: Segment,
     projections: Projections | None = None,
     vectors: dict[SlotKind, torch.Tensor] | None = None,
 ) -> float:
-    """Return p = softmax over the Yes and No logits at the prompt's last position (Eq. 3).
+    """Return p = softmax over the Yes and No logits at the prompt's last position (Eq. 3): the logit's sigmoid."""
+    return float(torch.tensor(logit(backbone, prompt, projections, vectors), dtype=torch.float64).sigmoid())
+
+
+@torch.no_grad()
+def logit(
+    backbone: Backbone,
+    prompt: Segment,
+    projections: Projections | None = None,
+    vectors: dict[SlotKind, torch.Tensor] | None = None,
+) -> float:
+    """Return the Yes logit minus the No logit at the prompt's last position.
 
     `vectors` holds the unprojected vector of each slot kind: `(C,)` for user and item, `(D,)` for warm. The forward is
     the model's own, with its own mask and its own full head.
@@ -30,5 +40,4 @@ def score(
         project = projections.warm if kind is SlotKind.WARM else projections.collab
         embeds[0, index] = project(vectors[kind].to(backbone.device)).to(embeds.dtype)
     logits = backbone.causal_lm(inputs_embeds=embeds, use_cache=False).logits[0, -1].float()
-    answers = torch.stack([logits[backbone.answers.yes], logits[backbone.answers.no]])
-    return float(torch.softmax(answers, dim=0)[0])
+    return float(logits[backbone.answers.yes].double() - logits[backbone.answers.no].double())

@@ -10,11 +10,12 @@ from operator import itemgetter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.backbone import Backbone
 from models.packed import PackedModel, Part, Row, computed_of
-from models.packs import Floats, ScoringGroup
+from models.packs import Floats, ScoringGroup, room
 from models.prefix_cache import CacheCounts, PrefixCache, chunk_names
 from models.projected import ProjectedRows, SlotVectors
 from models.projection import Projections
@@ -26,7 +27,7 @@ CACHE_BYTES = (
 
 
 class NotFiniteError(ArithmeticError):
-    """A score came out as NaN or infinite."""
+    """A logit came out as NaN or infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class ScoringModel:
         `fp8` and `compiled` are `PackedModel`'s.
         """
         self.backbone = backbone
+        self.fp8 = fp8
         self.projections = projections.to(backbone.device).eval()
         self._packed = PackedModel(backbone, fp8=fp8, compiled=compiled)
         self._precision = f"{backbone.dtype} {'fp8' if fp8 else ''}"
@@ -75,33 +77,38 @@ class ScoringModel:
         return SlotVectors(projections, f"{identity} {self._precision}", self.backbone.d_model, like)
 
     @torch.inference_mode()
-    def score(
+    def logits(
         self, groups: Sequence[ScoringGroup], max_tokens: int = 4096, vectors: Sequence[SlotVectors] | None = None
     ) -> list[Floats]:
-        """Return each group's probabilities, `(K,)` in candidate order, before calibration.
+        """Return log p(Yes) - log p(No) of each group's candidates, `(K,)` fp32 in candidate order.
 
         `vectors` are those of each group's slots; without it they are the model's own. A group longer than `max_tokens`
-        takes several forwards, and its trunk is computed in the first; shorter ones share forwards.
+        takes several forwards, each as long as `room` says, and its trunk is computed in the first; shorter ones share
+        forwards.
 
         Raises:
-            NotFiniteError: a score is not finite; names the group.
+            NotFiniteError: a logit is not finite; names the group.
         """
-        probabilities = [np.empty(len(group.pack.branches), np.float32) for group in groups]
+        logits = [np.empty(len(group.pack.branches), np.float32) for group in groups]
         each = repeat(self.vectors) if vectors is None else vectors
-        parts = chain.from_iterable(map(self._parts, groups, probabilities, repeat(max_tokens), each))
+        parts = chain.from_iterable(map(self._parts, groups, logits, repeat(max_tokens), each))
         for trunks in _batches(parts, max_tokens):
             self._forward(trunks)
-        for index, scores in enumerate(probabilities):
-            if not np.isfinite(scores).all():
-                raise NotFiniteError(f"group {index}: {int((~np.isfinite(scores)).sum())} scores are not finite")
-        return probabilities
+        for index, logits_K in enumerate(logits):
+            if not np.isfinite(logits_K).all():
+                raise NotFiniteError(f"group {index}: {int((~np.isfinite(logits_K)).sum())} logits are not finite")
+        return logits
+
+    def score(self, groups: Sequence[ScoringGroup], max_tokens: int = 4096) -> list[NDArray[np.float64]]:
+        """Return each group's raw scores, `(K,)`: the probabilities of its logits."""
+        return [torch.from_numpy(logits_K).double().sigmoid().numpy() for logits_K in self.logits(groups, max_tokens)]
 
     def distil(self, prompts: Sequence[Segment], max_tokens: int = 4096) -> Floats:
         """Return the semantic vector of each prompt of Fig. 3, `(N, D)` fp32."""
         return self._packed.distil(prompts, max_tokens)
 
     def _parts(
-        self, group: ScoringGroup, probabilities_K: Floats, max_tokens: int, vectors: SlotVectors
+        self, group: ScoringGroup, logits_K: Floats, max_tokens: int, vectors: SlotVectors
     ) -> Iterator["_GroupPart"]:
         """Yield a group's parts of at most `max_tokens`."""
         trunk = group.pack.trunk
@@ -111,7 +118,7 @@ class ScoringModel:
         start = 0
         for part in group.parts(max_tokens):
             end = start + len(part.pack.branches)
-            yield _GroupPart(part, names, probabilities_K[start:end], vectors)
+            yield _GroupPart(part, names, logits_K[start:end], vectors)
             start = end
 
     def forget(self) -> None:
@@ -120,7 +127,7 @@ class ScoringModel:
         self.vectors.clear()
 
     def _forward(self, trunks: Sequence["_Trunk"]) -> None:
-        """Compute one forward and write every group's scores."""
+        """Compute one forward and write every group's logits."""
         parts = [
             Part(trunk.segment, trunk.branches, self._cache.find(trunk.names, len(trunk.segment))) for trunk in trunks
         ]
@@ -129,11 +136,11 @@ class ScoringModel:
         for trunk, part, computed in zip(trunks, parts, computed_of(row.layout), strict=True):
             if part.known < len(part.trunk):
                 self._cache.keep(trunk.names, part.known, computed)
-        scores_K = self.backbone.answer_logits(hidden_KD).sigmoid().cpu().numpy()
+        logits_K = self.backbone.answer_logits(hidden_KD).cpu().numpy()
         start = 0
         for one in chain.from_iterable(trunk.parts for trunk in trunks):
-            end = start + len(one.probabilities_K)
-            one.probabilities_K[:] = scores_K[start:end]
+            end = start + len(one.logits_K)
+            one.logits_K[:] = logits_K[start:end]
             start = end
         self._forwards += 1
         self._tokens += len(row.token_ids_T)
@@ -157,11 +164,11 @@ class ScoringModel:
 
 @dataclass(frozen=True, slots=True)
 class _GroupPart:
-    """A part of a group, its trunk's chunks' names in the cache, and where its scores go."""
+    """A part of a group, its trunk's chunks' names in the cache, and where its logits go."""
 
     group: ScoringGroup
     names: list[bytes]
-    probabilities_K: Floats  # a view into the group's own
+    logits_K: Floats  # a view into the group's own
     vectors: SlotVectors
 
     @property
@@ -197,13 +204,15 @@ def _project(rows: Sequence[tuple[ProjectedRows, Floats]]) -> Tensor:
 def _batches(parts: Iterable[_GroupPart], max_tokens: int) -> Iterator[list[_Trunk]]:
     """Fill forwards in order; parts of equal text and equal vectors share a trunk."""
     trunks: dict[bytes, _Trunk] = {}
-    tokens = 0
+    tokens = most = 0
     for part in parts:
         key = part.names[-1] if part.names else b""
         added = part.own_tokens if key in trunks else part.group.pack.tokens
-        if trunks and tokens + added > max_tokens:
+        if trunks and tokens + added > most:
             yield list(trunks.values())
             trunks, tokens, added = {}, 0, part.group.pack.tokens
+        if not trunks:
+            most = room(len(part.group.pack.trunk), max_tokens)
         trunks.setdefault(key, _Trunk([])).parts.append(part)
         tokens += added
     if trunks:

@@ -118,7 +118,7 @@ class Batcher:
     async def score(
         self, groups: Sequence[ScoringGroup], deadline: float, *, admitted: bool = False, bundle_id: str = ""
     ) -> tuple[list[Floats], Waited]:
-        """Return each group's raw probabilities, `(K,)`; `deadline` is `time.monotonic()` seconds.
+        """Return each group's logits, `(K,)`; `deadline` is `time.monotonic()` seconds.
 
         `bundle_id` says whose projections, where the engine serves several bundles. `admitted` is for a request of
         which a part was computed already: it is refused no more.

@@ -75,13 +75,23 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question's scores; None stands for a candidate that was skipped."""
+    """One question's scores; None stands for a candidate that was skipped.
+
+    `logits` are the scores' own: they tell candidates apart whose probabilities round to the same number.
+    """
 
     user_id: str
     cold_user: bool
     history: HistoryReport
     counts: CountsSource
     items: tuple[ScoredItem | None, ...]
+    logits: tuple[float, ...]  # of the items that are not None, in order
+
+    def best_first(self) -> list[ScoredItem]:
+        """Return the items in the order of their logits; equal ones keep the request's order."""
+        scored = (item for item in self.items if item is not None)
+        pairs = sorted(zip(self.logits, scored, strict=True), key=lambda pair: -pair[0])
+        return [item for _, item in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +108,11 @@ class _Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """A candidate's raw score, its score, what each part adds to the score's logit, and tokens cut off its title."""
+    """A candidate's raw score, score and its logit, what each part adds to that, and tokens cut off its title."""
 
     raw: float
     score: float
+    logit: float
     parts: dict[str, float] | None
     title_cut: int
 
@@ -133,8 +144,8 @@ async def score(
     resolved = await _distil_unknown(resolved, handle, deadline, timings)
     with timings.leg("assemble"):
         prompts = await _assemble(resolved, merged, handle, live=counted.live)
-    raw = await _compute([one.group for one in prompts if one.group is not None], handle, deadline, timings)
-    return _answers(prompts, raw, counted, handle.fusion, explain=explain), skipped
+    logits = await _compute([one.group for one in prompts if one.group is not None], handle, deadline, timings)
+    return _answers(prompts, logits, counted, handle.fusion, explain=explain), skipped
 
 
 async def _look_up(
@@ -278,18 +289,18 @@ async def _compute(
 ) -> list[Floats]:
     if not groups:
         return []
-    raw, waited = await handle.batcher.score(
+    logits, waited = await handle.batcher.score(
         groups, deadline, admitted=timings.engine_worked, bundle_id=handle.bundle_id
     )
     timings.add(waited)
-    return raw
+    return logits
 
 
 def _answers(
-    prompts: Sequence[_Prompt], raw: Sequence[Floats], counted: Counted, fusion: Fusion, *, explain: bool
+    prompts: Sequence[_Prompt], logits: Sequence[Floats], counted: Counted, fusion: Fusion, *, explain: bool
 ) -> list[Answer]:
-    """Turn raw scores into scores, and put each score in the place of its candidate."""
-    groups = iter(raw)
+    """Turn logits into scores, and put each score in the place of its candidate."""
+    groups = iter(logits)
     answers = []
     for prompt in prompts:
         scores: list[_Score] = []
@@ -300,16 +311,23 @@ def _answers(
 
 
 def _scores(
-    prompt: _Prompt, group: ScoringGroup, raw_K: Floats, counted: Counted, fusion: Fusion, *, explain: bool
+    prompt: _Prompt, group: ScoringGroup, logits_K: Floats, counted: Counted, fusion: Fusion, *, explain: bool
 ) -> list[_Score]:
     user = prompt.counts + counted.users.get(prompt.resolved.question.user_id, NO_COUNTS)
     items = [(one.counts + counted.items.get(one.item_id, NO_COUNTS), not one.trained) for one in prompt.items]
-    parts = fusion.parts(known_pairs(raw_K, group, (user, prompt.user), items, live=counted.live))
-    scores_K = probabilities(np.sum([*parts.values()], axis=0))
+    parts = fusion.parts(known_pairs(logits_K, group, (user, prompt.user), items, live=counted.live))
+    fused_K = np.sum([*parts.values()], axis=0)
+    rows = zip(
+        probabilities(logits_K).tolist(),
+        probabilities(fused_K).tolist(),
+        fused_K.tolist(),
+        prompt.titles_cut,
+        strict=True,
+    )
     columns = {name: values.tolist() for name, values in parts.items()} if explain else {}
     return [
-        _Score(raw, score, {name: values[k] for name, values in columns.items()} if explain else None, cut)
-        for k, (raw, score, cut) in enumerate(zip(raw_K.tolist(), scores_K.tolist(), prompt.titles_cut, strict=True))
+        _Score(raw, score, logit, {name: values[k] for name, values in columns.items()} if explain else None, cut)
+        for k, (raw, score, logit, cut) in enumerate(rows)
     ]
 
 
@@ -326,7 +344,8 @@ def _answer(prompt: _Prompt, scores: Sequence[_Score], counted: Counted) -> Answ
         titles_ignored=sum(item.title_ignored for item in resolved.window),
     )
     source: CountsSource = "live" if counted.live else "bundle"
-    return Answer(resolved.question.user_id, user.cold, history, source, items)
+    logits = tuple(one.logit for one in scores)
+    return Answer(resolved.question.user_id, user.cold, history, source, items, logits)
 
 
 def _scored(item: PromptItem, resolved: Resolved, scored: _Score) -> ScoredItem:

@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from models.packs import room
 from service.engines.protocol import DistilJob, Job, Outcome, ScoreJob
 
 
@@ -82,9 +83,10 @@ class Waiting:
         # Stable, so that each half stays in order.
         kin.sort(key=lambda entry: entry.trunk != head.trunk)
         batch, tokens, trunks = [head], head.trunk_tokens + head.own_tokens, {head.trunk}
+        most = room(head.trunk_tokens, max_tokens)
         for entry in kin:
             added = entry.own_tokens + (0 if entry.trunk in trunks else entry.trunk_tokens)
-            if tokens + added <= max_tokens:
+            if tokens + added <= most:
                 batch.append(entry)
                 tokens += added
                 trunks.add(entry.trunk)

@@ -16,7 +16,7 @@ import polars as pl
 
 from models.assembly import AssembledUser, known_pairs
 from models.features import ItemFeatures
-from models.fusion import Counts
+from models.fusion import Counts, probabilities
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
 from models.packs import ScoringGroup
@@ -110,6 +110,7 @@ def score_pairs(
         "modified": pairs.stat().st_mtime_ns,
         "chunk": chunk,
         "skip": skip_unknown,
+        "columns": "float64",  # parts of other types would not go together
         "dtype": str(backbone.dtype),
         "device": backbone.model.device.type,
     }
@@ -153,7 +154,7 @@ def _score_part(
         if item_id in known:
             rows_by_user.setdefault(user_id, []).append(row)
     fusion = bundle.fusion()
-    raw, scored = np.full((2, part.height), np.nan, np.float32)
+    raw, scored = np.full((2, part.height), np.nan)
     cold_user = [False] * part.height
     waiting = list(rows_by_user.items())
     for start in range(0, len(waiting), GROUPS_AT_ONCE):
@@ -165,23 +166,23 @@ def _score_part(
                 cold_user[row] = assembled.cold
             groups.append(scorer.assembler.group(assembled, [known[items[row]] for row in rows]))
             users_known.append((scorer.user_counts(user_id), assembled))
-        for (_, rows), group, user, scores in zip(
+        for (_, rows), group, user, logits in zip(
             waiting[start : start + GROUPS_AT_ONCE],
             groups,
             users_known,
-            scorer.model.score(groups, SCORING_TOKENS),
+            scorer.model.logits(groups, SCORING_TOKENS),
             strict=True,
         ):
-            raw[rows] = scores
+            raw[rows] = probabilities(logits)
             candidates = [known[items[row]] for row in rows]
             told = [(item.counts, not item.trained) for item in candidates]
-            scored[rows] = fusion(known_pairs(scores, group, user, told, live=True))
+            scored[rows] = fusion(known_pairs(logits, group, user, told, live=True))
     return pl.DataFrame(
         {
             "user_id": users,
             "item_id": items,
-            "score": pl.Series(scored, dtype=pl.Float32).fill_nan(None),
-            "raw_score": pl.Series(raw, dtype=pl.Float32).fill_nan(None),
+            "score": pl.Series(scored, dtype=pl.Float64).fill_nan(None),
+            "raw_score": pl.Series(raw, dtype=pl.Float64).fill_nan(None),
             "cold_user": cold_user,
             "cold_item": [not known[item].trained if item in known else True for item in items],
         }

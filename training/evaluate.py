@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.assembly import NO_AGES, AssembledUser, Assembler, history_window, like_ages
 from models.features import Floats, ItemFeatures, Tables, UserFeatures
-from models.fusion import Counts, Known, raw_logits
+from models.fusion import Counts, Doubles, Known, probabilities
 from models.ids import IdError
 from models.packs import ScoringGroup
 from models.scoring_model import ScoringModel
@@ -93,7 +93,7 @@ class ScoredSplit:
     `live_user_BC` are the users' vectors updated with the outcomes known at each row; None if no outcomes were given.
     """
 
-    raw_B: Floats
+    logit_B: Floats
     user_BC: Floats
     live_user_BC: Floats | None
     item_BC: Floats
@@ -101,6 +101,11 @@ class ScoredSplit:
     like_ages_BL: Floats
     cold_user_B: NDArray[np.bool_]
     cold_item_B: NDArray[np.bool_]
+
+    @property
+    def raw_B(self) -> Doubles:  # noqa: N802
+        """The raw scores: the probabilities of the logits."""
+        return probabilities(self.logit_B)
 
     def known(self, counts: RowCounts, *, live: bool) -> Known:
         """Return the fusion's inputs for the rows with these counts. `live` says whether the counts are live.
@@ -112,7 +117,7 @@ class ScoredSplit:
         if live_user_BC is None:
             raise ValueError("live counts need live vectors; give score_split the outcomes known at the rows")
         return Known(
-            lm_K=raw_logits(self.raw_B),
+            lm_K=self.logit_B,
             user_KC=self.user_BC,
             live_user_KC=live_user_BC,
             item_KC=self.item_BC,
@@ -148,7 +153,7 @@ def score_split(
     times_B = frame["timestamp"].cast(pl.Float64).to_list()
     width, template = len(scorer.tables.prior.mean_C), scorer.assembler.template
     scored = ScoredSplit(
-        raw_B=np.empty(frame.height, np.float32),
+        logit_B=np.empty(frame.height, np.float32),
         user_BC=np.empty((frame.height, width), np.float32),
         live_user_BC=None if outcomes is None else np.empty((frame.height, width), np.float32),
         item_BC=np.stack([items[one].collab_C for one in item_ids])[rows.item_row],
@@ -176,15 +181,15 @@ def score_split(
                     evidence = scorer.tables.evidence(user_ids[row], outcomes.of(row))
                     scored.live_user_BC[row] = scorer.assembler.updated(user, evidence, times_B[row]).live_C
             groups.append(scorer.assembler.group(user, [items[item_ids[row]] for row in rows.item_row[run]]))
-        for run, scores in zip(runs, scorer.model.score(groups, max_tokens), strict=True):
-            scored.raw_B[run] = scores
+        for run, logits in zip(runs, scorer.model.logits(groups, max_tokens), strict=True):
+            scored.logit_B[run] = logits
             done += len(run)
         progress(done, frame.height)
     return scored
 
 
 def judge(
-    scores: Mapping[str, Floats],
+    scores: Mapping[str, NDArray[np.floating]],
     dataset: Dataset,
     histories: Histories,
     split: str,

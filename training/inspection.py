@@ -8,6 +8,7 @@ import torch
 from models.assembly import known_pairs
 from models.bundle import Manifest
 from models.features import ItemFeatures
+from models.fusion import probabilities
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
 from models.segments import SlotKind
@@ -38,10 +39,10 @@ def describe_prompt(
     item = _item(scorer, canonical_id(item_id), title)
     group = scorer.assembler.group(assembled, [item])
     prompt = group.pack.trunk + group.pack.branches[0].segment
-    raw = scorer.model.score([group])[0]
+    logits = scorer.model.logits([group])[0]
     counts = scorer.user_counts(canonical_id(user_id))
     fusion = bundle.fusion()
-    known = known_pairs(raw, group, (counts, assembled), [(item.counts, not item.trained)], live=True)
+    known = known_pairs(logits, group, (counts, assembled), [(item.counts, not item.trained)], live=True)
     described: dict[str, Any] = {
         "bundle_id": bundle.id,
         "user_id": user_id,
@@ -60,7 +61,7 @@ def describe_prompt(
             "dropped": assembled.history.dropped,
         },
         "titles_cut": assembled.titles_cut + (scorer.assembler.title(item.title).cut > 0),
-        "raw_score": float(raw[0]),
+        "raw_score": float(probabilities(logits)[0]),
         "score": float(fusion(known)[0]),
         "parts": {name: float(part[0]) for name, part in fusion.parts(known).items()},
     }

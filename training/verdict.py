@@ -6,6 +6,9 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.features import Floats, Tables
 from models.fusion import Fusion, Rates
 from training.baselines import Boosting, collab_scores, rate_scores
@@ -77,8 +80,8 @@ def _baselines(
     counts: RowCounts,
     rates: Rates,
     boosting: Boosting | None,
-) -> dict[str, Floats]:
-    scores = {
+) -> dict[str, NDArray[np.floating]]:
+    scores: dict[str, NDArray[np.floating]] = {
         "raw": scored.raw_B,
         "collab": collab_scores(scored.user_BC, scored.item_BC),
         "rates": rate_scores(rates, counts),

@@ -110,7 +110,7 @@ class Packed:
 
     def score(self, group: ScoringGroup) -> Floats:
         """Score a list in forwards of the service's default size."""
-        return self.model.score([group], BATCH_TOKENS)[0]
+        return self.model.score([group], BATCH_TOKENS)[0].astype(np.float32)
 
     def tokens(self) -> int:
         """Return how many tokens were computed so far."""

@@ -1,16 +1,19 @@
 """A change of bundles: verify, check memory, load beside the old, switch between requests, drain, free."""
 
 import asyncio
+import gc
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import structlog
 
 from models.backbone import BackboneError
-from models.bundle import BundleError, Manifest, read_manifest, verify
+from models.bundle import BundleError, read_manifest, verify
 from models.loading import Bundle
 from models.tokens import TokenizerError
 from service.bundles.handle import BundleHandle, Seat, handle_of, open_parts
@@ -18,7 +21,7 @@ from service.bundles.hashing import hashes_of
 from service.bundles.loaded import LoadedModels
 from service.bundles.memory import check_memory
 from service.bundles.registry import Bundles, Role
-from service.engines.protocol import EngineError
+from service.engines.protocol import EngineError, JobFailedError
 from service.errors import BundleRefusedError, ChangeRunningError, RequestError
 from service.features.choice import Stores
 from service.interactions.recorder import Recorder
@@ -104,7 +107,8 @@ class BundleChanges:
             return
 
         async def found() -> float:
-            return await self._change(await asyncio.to_thread(self._find, bundle_id), Role.CURRENT, None)
+            folder = await asyncio.to_thread(self._find, bundle_id)
+            return await self._change(folder, Role.CURRENT, None)
 
         await asyncio.shield(self._begin(f"published {bundle_id[:12]}", Role.CURRENT, found))
 
@@ -150,14 +154,15 @@ class BundleChanges:
     async def _change(self, bundle: Path, role: Role, share: float | None) -> float:
         """Give a role to a bundle; return the seconds it took to the switch."""
         started = time.monotonic()
-        folder = await asyncio.to_thread(self._locate, bundle)
-        manifest = await asyncio.to_thread(read_manifest, folder)
-        seat = next((one for one in self._bundles.roles.values() if one.handle.bundle_id == manifest.bundle_id), None)
+        opened = await self._verified(await asyncio.to_thread(self._locate, bundle))
+        seat = next((one for one in self._bundles.roles.values() if one.handle.bundle_id == opened.id), None)
         if seat is not None and seat.handle is self._bundles.current and role is not Role.CURRENT:
-            raise BundleRefusedError(f"bundle {manifest.bundle_id[:12]} is the current one", "bundle")
+            raise BundleRefusedError(f"bundle {opened.id[:12]} is the current one", "bundle")
         loaded = seat is None
         if seat is None:
-            seat = Seat(await self._load(folder, manifest))
+            seat = Seat(await self._load(opened))
+        else:
+            await self._prove(seat.handle)
         before = self._bundles.put(role, seat, self._share(role, share))
         seconds = time.monotonic() - started
         self._log.info(
@@ -173,22 +178,25 @@ class BundleChanges:
             self._drain(before)
         return seconds
 
-    async def _load(self, folder: Path, manifest: Manifest) -> BundleHandle:
+    async def _verified(self, folder: Path) -> Bundle:
+        """Return the bundle in a folder, every file's hash checked: also where the bundle is loaded already."""
+        await asyncio.to_thread(read_manifest, folder)  # before anything is hashed that is no bundle
+        self._step(step="verifying every file")
+        hashes = await hashes_of(folder)
+        return Bundle(folder, await asyncio.to_thread(verify, folder, hashes=hashes))
+
+    async def _load(self, bundle: Bundle) -> BundleHandle:
         """Load a bundle beside those that serve.
 
         Raises:
             BundleError, TokenizerError, EngineError, OSError, BundleTooLargeError: it cannot be.
         """
-        self._step(step="verifying every file")
-        hashes = await hashes_of(folder)
-        bundle = Bundle(folder, await asyncio.to_thread(verify, folder, hashes=hashes))
-        if bundle.id != manifest.bundle_id:
-            raise BundleError(f"{folder}: changed while it was verified")
         shared = self._models.has_weights(bundle.manifest)
         usages = [model.engine.usage() for model in self._models]
-        await asyncio.to_thread(check_memory, manifest, self._settings, usages, shared=shared)
+        await asyncio.to_thread(check_memory, bundle.manifest, self._settings, usages, shared=shared)
         self._step(step="opening tables and tokenizer")
-        parts = await asyncio.to_thread(open_parts, bundle)
+        with _no_collections():
+            parts = await asyncio.to_thread(open_parts, bundle)
         self._step(step="counting interactions")
         try:
             await self._interactions.count(parts.counts)
@@ -197,7 +205,28 @@ class BundleChanges:
         except BaseException:
             self._interactions.uncount(parts.counts)
             raise
-        return handle_of(parts, model.engine, model.batcher, self._stores)
+        handle = handle_of(parts, model.engine, model.batcher, self._stores)
+        try:
+            await self._prove(handle)
+        except BaseException:
+            await self._give_up(handle)
+            raise
+        return handle
+
+    async def _prove(self, handle: BundleHandle) -> None:
+        """Score the bundle's own prompt through the queue and the engine that will serve it.
+
+        Raises:
+            EngineError, DeadlineExceededError: it is not scored.
+        """
+        self._step(step="scoring a prompt")
+        deadline = time.monotonic() + self._settings.forward_limit_s
+        async with asyncio.timeout(self._settings.forward_limit_s):
+            [logits_K], _ = await handle.batcher.score(
+                [handle.proof], deadline, admitted=True, bundle_id=handle.bundle_id
+            )
+        if not np.isfinite(logits_K).all():
+            raise JobFailedError(f"{handle.bundle.folder}: the prompt that proves it has a logit that is not finite")
 
     def _share(self, role: Role, share: float | None) -> float:
         if share is not None:
@@ -212,14 +241,18 @@ class BundleChanges:
 
     async def _free(self, seat: Seat) -> None:
         await seat.free()
-        self._interactions.uncount(seat.handle.counts)
-        await self._models.give_back(seat.handle.bundle_id, seat.handle.engine)
-        await seat.handle.store.close()
+        await self._give_up(seat.handle)
         serving = {one.handle.bundle_id for one in self._bundles.roles.values()}
         if seat.handle.bundle_id not in serving:  # else it was loaded again meanwhile
             self._metrics.bundles.freed(seat.handle.bundle_id)
             self._metrics.retired(seat.handle.bundle_id)
         self._log.info("bundle_freed", bundle_id=seat.handle.bundle_id)
+
+    async def _give_up(self, handle: BundleHandle) -> None:
+        """End all that a handle holds."""
+        self._interactions.uncount(handle.counts)
+        await self._models.give_back(handle.bundle_id, handle.engine)
+        await handle.store.close()
 
     def _locate(self, bundle: Path) -> Path:
         """Return a bundle's folder, links resolved."""
@@ -245,10 +278,25 @@ class BundleChanges:
         self.last = replace(self.last, **changed)  # type: ignore[arg-type]
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep the garbage collector from looking through a million ids and titles, which stops the event loop for 0.6 s.
+
+    They are never part of a circle, so they are freed with the last reference, frozen or not.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
 def _refused(error: Exception) -> BundleRefusedError:
     """Tell why a bundle is refused, whatever stood in its way."""
     known = isinstance(error, (BundleError, BackboneError, TokenizerError, EngineError, SettingsError, OSError))
-    return BundleRefusedError(str(error) if known else f"{type(error).__name__}: {error}", "bundle")
+    told = " ".join(str(error).split())
+    return BundleRefusedError(told if known and told else f"{type(error).__name__}: {told}", "bundle")
 
 
 def _seen(task: "asyncio.Task[None]") -> None:

@@ -9,7 +9,9 @@ from models.assembly import Assembler
 from models.features import Tables
 from models.fusion import Fusion
 from models.loading import Bundle
+from models.packs import ScoringGroup
 from service.batcher import Batcher
+from service.bundles.proof import prove_contents
 from service.engines.protocol import Engine
 from service.features.choice import Stores, open_store
 from service.features.protocol import FeatureStore
@@ -25,6 +27,7 @@ class BundleParts:
     assembler: Assembler
     fusion: Fusion
     counts: LiveCounts
+    proof: ScoringGroup  # a prompt of its own that an engine scores before it serves
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,7 @@ class BundleHandle:
     assembler: Assembler
     fusion: Fusion
     counts: LiveCounts  # since the end of the bundle's own counts
+    proof: ScoringGroup
     engine: Engine
     batcher: Batcher
 
@@ -77,14 +81,16 @@ class Seat:
 
 
 def open_parts(bundle: Bundle) -> BundleParts:
-    """Open a verified bundle's tables and tokenizer.
+    """Open a verified bundle's tables and tokenizer, and prove its contents.
 
     Raises:
         BundleError, TokenizerError: the bundle cannot be served.
     """
     tables = bundle.tables()
     counts = LiveCounts(bundle.manifest.counted_until)
-    return BundleParts(bundle, tables, bundle.assembler(bundle.encoder(), tables), bundle.fusion(), counts)
+    assembler, fusion = bundle.assembler(bundle.encoder(), tables), bundle.fusion()
+    proof = prove_contents(bundle, tables, assembler, fusion)
+    return BundleParts(bundle, tables, assembler, fusion, counts, proof)
 
 
 def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stores) -> BundleHandle:
@@ -97,6 +103,7 @@ def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stor
         assembler=parts.assembler,
         fusion=parts.fusion,
         counts=parts.counts,
+        proof=parts.proof,
         engine=engine,
         batcher=batcher,
     )

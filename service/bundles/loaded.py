@@ -74,7 +74,7 @@ class LoadedModels:
         model.leases[parts.bundle.id] += 1  # before it is attached: others may give the model back meanwhile
         if model.leases[parts.bundle.id] == 1:
             try:
-                await model.engine.attach(BundlePlace(parts.bundle.folder, parts.bundle.id))
+                await model.engine.attach(BundlePlace(parts.bundle.folder, parts.bundle.id, parts.proof))
             except BaseException:
                 await self.give_back(parts.bundle.id, model.engine)
                 raise
@@ -109,6 +109,7 @@ class LoadedModels:
             parts.assembler,
             self._log,
             on_restart,
+            proof=parts.proof,
             gently=lambda: any(one.engine is not engine and one.engine.health().ready for one in self),
         )
         limits = BatchLimits(

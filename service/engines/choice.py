@@ -32,13 +32,14 @@ def open_engine(
     log: structlog.stdlib.BoundLogger,
     on_restart: Callable[[], None],
     gently: Callable[[], bool] = lambda: False,
+    proof: ScoringGroup | None = None,
 ) -> Engine:
-    """Return the engine that the settings name; it loads when it is told to start.
+    """Return the engine that the settings name; it loads when it is told to start, and scores `proof` before it serves.
 
     Raises:
         SettingsError: it is not installed.
     """
-    place = BundlePlace(bundle.folder.resolve(), bundle.id)
+    place = BundlePlace(bundle.folder.resolve(), bundle.id, proof)
     packed = PackedSource(
         places=(place,),
         device=settings.device,
@@ -60,7 +61,15 @@ def open_engine(
     writer = _writer(bundle)
     warm_up = writer.write(_warm_up_group(assembler, bundle.manifest.dimensions.d_model))
     return VllmEngine(
-        config, {bundle.id: writer}, _open_writer, distiller, warm_up, supervision, log.bind(engine="vllm"), on_restart
+        config,
+        {bundle.id: writer},
+        _open_writer,
+        distiller,
+        warm_up,
+        supervision,
+        log.bind(engine="vllm"),
+        on_restart,
+        proofs=None if proof is None else {bundle.id: proof},
     )
 
 

@@ -15,16 +15,20 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from models.assembly import Assembler
+from models.backbone import BackboneError
 from models.bundle import BundleError
 from models.cold import UserPrior
+from models.definition import TOKENIZER, TOKENIZER_CONFIG
 from models.features import Floats, ItemFeatures
-from models.loading import Bundle
+from models.loading import BACKBONE, Bundle
 from models.memory import keep_freed_memory
 from models.packs import ScoringGroup
+from models.probe import check_window, prove
 from models.projected import SlotVectors
-from models.scoring_model import ScoringModel
+from models.scoring_model import NotFiniteError, ScoringModel
 from models.segments import Segment
 from models.template import Template
+from models.tokens import TokenizerError
 from service.engines.device_memory import device_memory
 from service.engines.protocol import BundlePlace, EngineUsage, JobFailedError
 
@@ -63,15 +67,14 @@ class PackedSource:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        bundle, refused = self._first_good()
-        model = bundle.model(device=device, dtype=self.dtype, cache_bytes=self.cache_bytes, compiled=self.compiled)
-        packed = PackedModel(bundle, model, self.batch_tokens, threads)
+        bundle, model, refused = self._first_good(device)
+        packed = PackedModel(bundle, model, self.batch_tokens, threads, self.places)
         for place in self.places:
             if place.bundle_id in (bundle.id, *refused):
                 continue
             try:
-                packed.attach(place)
-            except (BundleError, OSError) as error:  # it must not take those with it that are whole
+                packed.attach(place)()
+            except (BundleError, BackboneError, OSError) as error:  # it must not take those with it that are whole
                 refused[place.bundle_id] = str(error)
         packed.refused.update(refused)
         return packed
@@ -84,15 +87,19 @@ class PackedSource:
         """Return the source with one bundle less."""
         return replace(self, places=tuple(one for one in self.places if one.bundle_id != bundle_id))
 
-    def _first_good(self) -> tuple[Bundle, dict[str, str]]:
-        errors: dict[str, BundleError] = {}
+    def _first_good(self, device: str) -> tuple[Bundle, ScoringModel, dict[str, str]]:
+        """Return the first bundle whose model can be loaded, the model, and why those before it cannot."""
+        errors: dict[str, Exception] = {}
         for place in self.places:
             try:
                 bundle = Bundle.open(place.folder)
                 if bundle.id != place.bundle_id:
                     raise BundleError(f"{place.folder}: holds bundle {bundle.id[:12]} now, not {place.bundle_id[:12]}")
-                return bundle, {bundle_id: str(error) for bundle_id, error in errors.items()}
-            except BundleError as error:
+                model = bundle.model(
+                    device=device, dtype=self.dtype, cache_bytes=self.cache_bytes, compiled=self.compiled
+                )
+                return bundle, model, {bundle_id: str(error) for bundle_id, error in errors.items()}
+            except (BundleError, BackboneError, TokenizerError, OSError) as error:
                 errors[place.bundle_id] = error
         raise next(iter(errors.values()))
 
@@ -100,25 +107,53 @@ class PackedSource:
 class PackedModel:
     """Scores groups and distils titles, each job failing alone."""
 
-    def __init__(self, bundle: Bundle, model: ScoringModel, batch_tokens: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        model: ScoringModel,
+        batch_tokens: int,
+        threads: int | None = None,
+        places: Sequence[BundlePlace] = (),
+    ) -> None:
+        """`places` are those that the model was opened with: `warm_up` proves the one that it is made of."""
         self._bundle = bundle
+        self._places = places
         self._model = model
         self._batch_tokens = batch_tokens
         self._threads = threads
         self._vectors = {bundle.id: model.vectors}
         self.refused: dict[str, str] = {}  # why a bundle could not be attached
 
-    def attach(self, place: BundlePlace) -> None:
-        """Load the projections of another bundle of the same weights. May run in a thread beside `score`.
+    def attach(self, place: BundlePlace) -> Callable[[], None]:
+        """Load the projections of another bundle of the same weights; may run in a thread beside `score`.
+
+        Returns what has the bundle served, after its proof: to be called by the thread that scores.
 
         Raises:
-            BundleError: it is altered, another one lies there, or its weights are others.
+            BundleError, BackboneError: it is altered, another one lies there, its weights are others, or its prompts do
+                not fit. What is returned raises the same where the proof fails.
         """
         bundle = Bundle.open_projections(place.folder, place.bundle_id)
-        if bundle.manifest.backbone.merged_id != self._bundle.manifest.backbone.merged_id:
+        ours, theirs = self._bundle.manifest, bundle.manifest
+        if theirs.backbone.merged_id != ours.backbone.merged_id:
             raise BundleError(f"{place.folder}: its merged weights are not those that are loaded")
-        self._vectors[bundle.id] = self._model.slot_vectors(bundle.projections(), bundle.prompt_identity)
-        self.refused.pop(bundle.id, None)
+        for name in (f"{BACKBONE}/{one}" for one in (TOKENIZER, TOKENIZER_CONFIG)):
+            if theirs.files.get(name) != ours.files.get(name):
+                raise BundleError(f"{place.folder / name}: not that of the merged weights that the manifest names")
+        if (theirs.backbone.yes_id, theirs.backbone.no_id) != (ours.backbone.yes_id, ours.backbone.no_id):
+            raise BundleError(f"{place.folder}: it has other ids for Yes and No than its tokenizer")
+        backbone = self._model.backbone
+        if theirs.dimensions.d_model != backbone.d_model:
+            raise BundleError(f"{place.folder}: d_model is {theirs.dimensions.d_model}, not {backbone.d_model}")
+        check_window(backbone, Template(theirs.template, backbone.encoder))
+        vectors = self._model.slot_vectors(bundle.projections(), bundle.prompt_identity)
+
+        def serve() -> None:
+            self._prove(place, vectors)
+            self._vectors[bundle.id] = vectors
+            self.refused.pop(bundle.id, None)
+
+        return serve
 
     def detach(self, bundle_id: str) -> None:
         """Free a bundle's projections."""
@@ -152,9 +187,12 @@ class PackedModel:
         [scores] = self.score([group], [self._bundle.id])
         if isinstance(scores, JobFailedError):
             raise scores
+        for place in self._places:
+            if place.bundle_id == self._bundle.id:
+                self._prove(place, self._model.vectors)
 
     def score(self, groups: Sequence[ScoringGroup], bundle_ids: Sequence[str] = ()) -> list[Floats | JobFailedError]:
-        """Return each group's raw probabilities, `(K,)`, or its error.
+        """Return each group's logits, `(K,)`, or its error.
 
         Each group is computed with its bundle's projections; without `bundle_ids` with the first bundle's.
         """
@@ -193,7 +231,20 @@ class PackedModel:
 
     def _score(self, works: Sequence[tuple[ScoringGroup, str]]) -> list[Floats]:
         vectors = [self._attached(bundle_id) for _, bundle_id in works]
-        return self._model.score([group for group, _ in works], self._batch_tokens, vectors)
+        return self._model.logits([group for group, _ in works], self._batch_tokens, vectors)
+
+    def _prove(self, place: BundlePlace, vectors: SlotVectors) -> None:
+        """Score a bundle's own prompt as it will be served, and by the reference.
+
+        Raises:
+            BundleError: a logit is not finite, or not the reference's.
+        """
+        if place.proof is None:
+            return
+        try:
+            prove(self._model, place.proof, vectors, self._batch_tokens)
+        except (NotFiniteError, BackboneError) as error:
+            raise BundleError(f"{place.folder}: the prompt that proves it: {error}") from error
 
     def _attached(self, bundle_id: str) -> SlotVectors:
         if not bundle_id:  # from a caller who serves one alone

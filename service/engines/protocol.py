@@ -4,7 +4,7 @@ Shapes: K candidates of a group, N prompts, D = d_L.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,7 @@ class EngineUnavailableError(EngineError):
 
 
 class JobFailedError(EngineError):
-    """This job failed and its batch neighbours did not: a score that is not finite, or an error of the model."""
+    """This job failed and its batch neighbours did not: a logit that is not finite, or an error of the model."""
 
 
 class JobDroppedError(EngineError):
@@ -36,10 +36,11 @@ class EngineBrokenError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class BundlePlace:
-    """Where a bundle lies, and which one must lie there."""
+    """Where a bundle lies, which one must lie there, and a prompt of its own that an engine scores before it serves."""
 
     folder: Path
     bundle_id: str
+    proof: ScoringGroup | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class Engine(Protocol):
         ...
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
-        """Return each group's raw probabilities, fp32, `(K,)`.
+        """Return log p(Yes) - log p(No) of each group's candidates, fp32, `(K,)`.
 
         Raises:
             EngineUnavailableError: none of them was computed.

@@ -59,7 +59,7 @@ class SupervisedEngine:
         await self._lifecycle.ready()
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
-        """Return each group's raw probabilities."""
+        """Return each group's logits."""
         return await self._submit(jobs)
 
     async def distil(self, jobs: Sequence[DistilJob]) -> list[Outcome]:
@@ -89,7 +89,6 @@ class SupervisedEngine:
         """
         if not self._lifecycle.serving or self._worker is None:
             raise self._lifecycle.unavailable()
-        before = self._source
         self._source = self._source.with_place(place)  # a worker that starts meanwhile has it too
         attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._attaching[place.bundle_id] = attached
@@ -98,8 +97,7 @@ class SupervisedEngine:
             async with asyncio.timeout(self._supervision.load_limit_s):
                 await attached
         except BaseException as error:
-            self._source = before
-            self.detach(place.bundle_id)
+            self.detach(place.bundle_id)  # alone: others may have come and gone meanwhile
             if isinstance(error, TimeoutError):
                 raise EngineUnavailableError("the worker did not attach the bundle in time") from error
             raise

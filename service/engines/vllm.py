@@ -1,20 +1,26 @@
 """The vLLM engine: scores by vLLM's asynchronous engine, titles distilled by the packed model beside it."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 import structlog
-import torch
 
+from models.backbone import DTYPES, BackboneError
 from models.bundle import BundleError
 from models.features import Floats
+from models.packs import ScoringGroup
+from models.probe import check_logits
 from service.engines.lifecycle import Lifecycle, Supervision
 from service.engines.protocol import (
     BundlePlace,
     DistilJob,
     EngineBrokenError,
+    EngineError,
     EngineHealth,
     EngineUnavailableError,
     EngineUsage,
@@ -46,8 +52,12 @@ class VllmEngine:
         supervision: Supervision,
         log: structlog.stdlib.BoundLogger,
         on_restart: Callable[[], None] = lambda: None,
+        proofs: Mapping[str, ScoringGroup] | None = None,
     ) -> None:
+        """`proofs` are prompts of bundles, by bundle id, which vLLM must score as the packed model does."""
         self._config = config
+        self._proofs = dict(proofs or {})
+        self._proof_ids = itertools.count(-1, -1)  # of jobs that no batcher made
         self._writers = dict(writers)  # by bundle id: projections stay on this side
         self._open_writer = open_writer
         self._distiller = distiller
@@ -72,7 +82,7 @@ class VllmEngine:
         await self._lifecycle.ready()
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
-        """Return each group's raw probabilities, fp32, `(K,)`."""
+        """Return each group's logits, fp32, `(K,)`."""
         core = self._serving()
         return list(await asyncio.gather(*(self._outcome(core, job) for job in jobs)))
 
@@ -110,10 +120,18 @@ class VllmEngine:
             raise EngineBrokenError(str(error)) from error
         await self._distiller.attach(place)  # it may have to load the weights from there one day
         self._writers[place.bundle_id] = writer
+        try:
+            await self._prove(self._serving(), place.bundle_id, place.proof)
+        except BaseException:
+            self.detach(place.bundle_id)
+            raise
+        if place.proof is not None:
+            self._proofs[place.bundle_id] = place.proof
 
     def detach(self, bundle_id: str) -> None:
         """Serve a bundle no more."""
         self._writers.pop(bundle_id, None)
+        self._proofs.pop(bundle_id, None)
         self._distiller.detach(bundle_id)
 
     def usage(self) -> EngineUsage:
@@ -170,9 +188,28 @@ class VllmEngine:
             raise JobFailedError(f"bundle {job.bundle_id[:12]} is not loaded")
         prompts = await asyncio.to_thread(writer.write, job.group)
         _refuse_if_late(job)
-        logits_K = torch.tensor(await core.ask(prompts), dtype=torch.float64)
-        probabilities: Floats = logits_K.sigmoid().float().numpy()
-        return probabilities
+        return np.array(await core.ask(prompts), np.float32)
+
+    async def _prove(self, core: VllmCore, bundle_id: str, proof: ScoringGroup | None) -> None:
+        """Compare vLLM's logits of a bundle's prompt with those of the packed model, which are the reference's.
+
+        Raises:
+            EngineBrokenError: they differ, or one is not finite.
+            EngineUnavailableError: one of the two is gone.
+        """
+        if proof is None:
+            return
+        prompts = await asyncio.to_thread(self._writers[bundle_id].write, proof)
+        deadline = time.monotonic() + self._supervision.forward_limit_s
+        job = ScoreJob(next(self._proof_ids), deadline, proof, bundle_id)
+        [theirs] = await self._distiller.score([job])
+        try:
+            if isinstance(theirs, EngineError):
+                raise theirs
+            ours_K = np.array(await core.ask(prompts), np.float32)
+            check_logits(ours_K, theirs, DTYPES[self._config.dtype])
+        except (JobFailedError, JobDroppedError, BackboneError) as error:
+            raise EngineBrokenError(f"bundle {bundle_id[:12]}: the prompt that proves it: {error}") from error
 
     async def _run_one_core(self) -> str:
         """Run vLLM from its start to its end; return why it ended."""
@@ -187,6 +224,9 @@ class VllmEngine:
             try:
                 async with asyncio.timeout(self._supervision.load_limit_s):
                     await core.open(self._warm_up)
+                    for bundle_id, proof in list(self._proofs.items()):
+                        with suppress(EngineUnavailableError):  # a distiller that restarts is no fault of vLLM's
+                            await self._prove(core, bundle_id, proof)
             except TimeoutError:
                 reason = f"vLLM was not ready within {self._supervision.load_limit_s:g} s"
             except Exception as error:  # what vLLM raises where it cannot start is not ours to list

@@ -26,6 +26,8 @@ from service.engines.vllm_config import CoreConfig
 from service.engines.vllm_prompts import MixedPrompt
 from service.engines.vllm_worker import SERVICE_PID
 
+HOLD_S = 5.0  # how long prompts wait at most for the prefix cache to be dropped
+RETRY_S = 0.02  # between two tries to drop it
 ENGINE_CORE = "EngineCore"  # how vLLM's names for its processes begin
 
 # vLLM takes these from the environment alone. Fresh interpreters, for a fork would share torch's threads and locks; no
@@ -56,6 +58,10 @@ class VllmCore:
         self._thread = Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
         self._closing = False
+        self._hold_s = min(HOLD_S, forward_limit_s / 2)  # a core that is only asked to forget does not hang
+        self._admits = asyncio.Event()  # unset while prompts wait for the prefix cache to be dropped
+        self._admits.set()
+        self._forgetting: asyncio.Task[None] | None = None
         self.sent_tokens = 0  # of prompts that were answered
         self.cached_tokens = 0  # found in the prefix cache so far; trunks shorter than a block never are
         self.killed_because = ""
@@ -66,7 +72,7 @@ class VllmCore:
         return [process.pid for process in self._processes if process.pid is not None]
 
     async def open(self, warm_up: Sequence[MixedPrompt]) -> None:
-        """Start vLLM, load the model and score the prompts, for the first take longer than any later ones.
+        """Start vLLM, load the model and score the prompts: the first take longer than any later ones.
 
         Raises:
             Exception: whatever vLLM raises where it cannot.
@@ -97,8 +103,8 @@ class VllmCore:
         return EngineUsage(tokens=self.sent_tokens - self.cached_tokens, tokens_cached=self.cached_tokens)
 
     def forget(self) -> None:
-        """Drop vLLM's prefix cache; blocks that a prompt still uses stay until it is answered."""
-        asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop)
+        """Drop vLLM's prefix cache as soon as no prompt uses a block of it; prompts that come meanwhile wait."""
+        self._loop.call_soon_threadsafe(self._begin_to_forget)
 
     async def death(self) -> None:
         """Return when an engine core has ended."""
@@ -191,6 +197,27 @@ class VllmCore:
         self._llm = AsyncLLM.from_engine_args(args)
         self._vocabulary = int(self._llm.model_config.get_vocab_size())
 
+    def _begin_to_forget(self) -> None:
+        if self._forgetting is None or self._forgetting.done():  # else the try that succeeds drops everything
+            self._admits.clear()
+            self._forgetting = self._loop.create_task(self._forget())
+
+    async def _forget(self) -> None:
+        """Try until vLLM says that the cache is dropped: it drops nothing while a prompt uses a block.
+
+        Prompts may go on after `_hold_s`, so that one that never ends holds up no others.
+        """
+        began = self._loop.time()
+        try:
+            while not await self._llm.reset_prefix_cache():
+                if self._loop.time() - began > self._hold_s:
+                    self._admits.set()
+                await asyncio.sleep(RETRY_S)
+        except Exception:  # the engine core is gone, its cache with it, and `death` tells
+            pass
+        finally:
+            self._admits.set()
+
     async def _ask_all(self, prompts: Sequence[MixedPrompt]) -> list[float]:
         try:
             async with asyncio.TaskGroup() as group:  # one that fails takes the job's others with it
@@ -212,6 +239,7 @@ class VllmCore:
             cache_salt=prompt.cache_salt,
         )
         output: Any = None
+        await self._admits.wait()
         try:
             async for one in self._llm.generate(mixed, self._sampling, str(next(self._ids))):
                 output = one

@@ -3,11 +3,12 @@
 It ends when its pipe does, whatever it is doing, so that it never outlives the process that started it.
 """
 
+import gc
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -40,15 +41,18 @@ class WorkerModel(Protocol):
         ...
 
     def score(self, groups: Sequence[ScoringGroup], bundle_ids: Sequence[str]) -> Sequence[Floats | JobFailedError]:
-        """Return each group's raw probabilities, with the projections of each one's bundle."""
+        """Return each group's logits, with the projections of each one's bundle."""
         ...
 
     def distil(self, jobs: Sequence[Sequence[Segment]]) -> Sequence[Floats | JobFailedError]:
         """Return each job's vectors."""
         ...
 
-    def attach(self, place: BundlePlace) -> None:
-        """Load another bundle's projections, in a thread beside `score`; any error says why it cannot."""
+    def attach(self, place: BundlePlace) -> Callable[[], None]:
+        """Load another bundle's projections, in a thread beside `score`; return what then has it served.
+
+        Any error of either says why it cannot be.
+        """
         ...
 
     def detach(self, bundle_id: str) -> None:
@@ -143,12 +147,25 @@ class Results:
     usage: EngineUsage
 
 
-Order = Batch | Attach | Detach | Forget
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Within the worker: a bundle's projections are read, and `serve` has them served; or why they are not."""
+
+    place: BundlePlace
+    serve: Callable[[], None] | None
+    error: str = ""
+
+
+Order = Batch | Attach | Loaded | Detach | Forget
 
 
 def serve(connection: Connection, model: WorkerModel, inbox: "Inbox") -> None:
-    """Carry out orders one after the other until the pipe ends."""
+    """Carry out orders one after the other until the pipe ends. No other thread changes what the model serves."""
     model.begin()
+    attaching: dict[str, BundlePlace] = {}
+    # What the model is made of is never garbage, and looking through all of it would stop the batches.
+    gc.collect()
+    gc.freeze()
     outbox = _Outbox(connection)
     outbox.send(Ready(model.usage()))
     while True:
@@ -157,21 +174,40 @@ def serve(connection: Connection, model: WorkerModel, inbox: "Inbox") -> None:
                 outcomes = _compute(model, batch, inbox)
                 outbox.send(Results(outcomes, model.usage()))
             case Attach(place):
+                attaching[place.bundle_id] = place
                 # Beside the batches: projections of a large model take a moment to read and to hash.
-                threading.Thread(target=_attach, args=(model, place, outbox), name="attach", daemon=True).start()
+                threading.Thread(target=_load, args=(model, place, inbox), name="attach", daemon=True).start()
+            case Loaded(place) as loaded:
+                if attaching.get(place.bundle_id) is place:  # else it was given up meanwhile
+                    del attaching[place.bundle_id]
+                    outbox.send(_served(loaded))
             case Detach(bundle_id):
+                attaching.pop(bundle_id, None)
                 model.detach(bundle_id)
             case Forget():
                 model.forget()
 
 
-def _attach(model: WorkerModel, place: BundlePlace, outbox: "_Outbox") -> None:
+def _load(model: WorkerModel, place: BundlePlace, inbox: "Inbox") -> None:
     try:
-        model.attach(place)
+        inbox.put(Loaded(place, model.attach(place)))
     except Exception as error:
-        outbox.send(Attached(place.bundle_id, " ".join(str(error).split()) or type(error).__name__))
-    else:
-        outbox.send(Attached(place.bundle_id))
+        inbox.put(Loaded(place, None, _told(error)))
+
+
+def _served(loaded: Loaded) -> Attached:
+    """Have a bundle served; return what the parent is told."""
+    error = loaded.error
+    if loaded.serve is not None:
+        try:
+            loaded.serve()
+        except Exception as refused:
+            error = _told(refused)
+    return Attached(loaded.place.bundle_id, error)
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _Outbox:
@@ -204,6 +240,12 @@ class Inbox:
             self._cancelled &= {job.id for order in self._orders if isinstance(order, Batch) for job in order.jobs}
             self._arrived.wait_for(lambda: bool(self._orders))
             return self._orders.popleft()
+
+    def put(self, order: Order) -> None:
+        """Add an order of this process's own."""
+        with self._arrived:
+            self._orders.append(order)
+            self._arrived.notify()
 
     def cancelled(self, job_id: int) -> bool:
         """Return whether a job was cancelled."""

@@ -20,9 +20,8 @@ async def rank_candidates(body: RankRequest, request: Request, timeout_ms: Timeo
     questions = questions_of_rank(body, collaborators_of(request).settings)
     scored = await score_for(request, questions, body.on_unknown, timeout_ms, explain=body.explain)
     [answer] = scored.answers
-    # Python's sort is stable, so ties keep the request's order.
-    best_first = sorted((item for item in answer.items if item is not None), key=lambda item: -item.score)
-    results = [RankedItem(**item.fields(), rank=rank) for rank, item in enumerate(best_first[: body.top_k], start=1)]
+    best_first = answer.best_first()[: body.top_k]
+    results = [RankedItem(**item.fields(), rank=rank) for rank, item in enumerate(best_first, start=1)]
     remember(request, scored, [ServedScore(one.rank, answer.user_id, one.item_id, one.score) for one in results])
     response = RankResponse(
         user_id=answer.user_id,

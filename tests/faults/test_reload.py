@@ -119,6 +119,30 @@ def test_what_is_broken_is_refused_under_load_and_nothing_changes(
     assert served_by(server) == family.first.id
 
 
+def test_files_that_change_under_a_served_bundle_change_no_score_and_end_nothing(
+    family: Family, tmp_path: Path
+) -> None:
+    """Files are written over in place, as `cp` does, and then cut off: a mapped one would be SIGBUS."""
+    folder = Path(shutil.copytree(family.first.folder, tmp_path / "served"))
+    server = Server(folder)
+    try:
+        wait_for(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+        asks = asks_of(server.url, USERS, ITEMS)
+        before = workers(server)
+        files = [one for one in folder.rglob("*") if one.is_file()]
+        for path in files:
+            shutil.copyfile(family.other.folder / path.relative_to(folder), path)
+        steady(server, asks)
+        for path in files:
+            os.truncate(path, 0)
+        steady(server, asks)
+        assert workers(server) == before
+        assert served_by(server) == family.first.id
+        assert server.end(signal.SIGTERM) == 0
+    finally:
+        server.clean_up()
+
+
 def test_a_worker_killed_while_it_loads_is_a_refusal(server: Server, family: Family) -> None:
     asks = asks_of(server.url, USERS, ITEMS)
     [old] = workers(server)

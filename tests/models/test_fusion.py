@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.fusion import INPUTS, PARTS, SIGNED, Fusion, Known, Rates, Weight, Weights, fusion_inputs, raw_logits
+from models.fusion import (
+    INPUTS,
+    PARTS,
+    SIGNED,
+    Fusion,
+    Known,
+    Rates,
+    Weight,
+    Weights,
+    fusion_inputs,
+    probabilities,
+)
 
 one_set = st.builds(
     lambda values, intercept: Weights(
@@ -141,6 +152,9 @@ def test_chosen_rows_keep_everything_that_is_known_of_them() -> None:
     np.testing.assert_array_equal(known.item_KC, np.repeat(one.item_KC, 2, axis=0))
 
 
-def test_the_logit_of_a_raw_score_is_finite_where_fp32_has_rounded_it_to_0_or_1() -> None:
-    raw_K = np.array([0, 0.25, 1], np.float32)
-    assert raw_logits(raw_K) == pytest.approx([-np.log(1e7), -np.log(3), np.log(1e7)], abs=1e-6)
+def test_probabilities_tell_logits_apart_that_fp32_rounds_to_1_and_overflow_nowhere() -> None:
+    logits_K = np.array([-1e30, -800, -np.log(3), 0, 17, 18, 30, 800, 1e30], np.float32)
+    raw_K = probabilities(logits_K)
+    assert raw_K.dtype == np.float64 and np.isfinite(raw_K).all()
+    assert raw_K[[0, 2, 3, 8]] == pytest.approx([0, 0.25, 0.5, 1])
+    assert 1 - raw_K[4] == pytest.approx(np.exp(-17), rel=1e-6) and raw_K[4] < raw_K[5] < raw_K[6] < 1

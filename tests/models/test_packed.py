@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.attention import OwnTokens
 from models.packed import PackedModel, Part, Row
 from models.packs import Branch, Pack, ScoringGroup
 from models.projection import Projections
@@ -136,6 +137,39 @@ def test_a_long_list_computes_its_user_segment_once() -> None:
     assert packed.counts.forwards > 3
     assert packed.counts.tokens == one.pack.tokens
     assert_equals_reference(one, scores)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_a_budget_shorter_than_the_user_segment_makes_no_forward_for_each_candidate(cache_bytes: int) -> None:
+    one, packed = group(1, 60, 20), model(cache_bytes)
+    own = one.pack.tokens - len(one.pack.trunk)
+    [scores] = packed.score([one], max_tokens=100)
+    assert len(one.pack.trunk) > 100 and packed.counts.forwards <= own // 25
+    assert_equals_reference(one, scores)
+
+
+def stretched(one: ScoringGroup, lengths: list[int]) -> ScoringGroup:
+    """The group with branches of these many tokens."""
+    branches = []
+    for branch, length in zip(one.pack.branches, lengths, strict=True):
+        ids = (branch.segment.token_ids * length)[:length]
+        branches.append(Branch(branch.attach, Segment(ids, branch.segment.slots)))
+    return replace(one, pack=Pack(one.pack.trunk, tuple(branches)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.sampled_from([2, 3, 4, 17, 60, 200]), min_size=1, max_size=60))
+def test_branches_of_any_lengths_equal_the_reference(seed: int, lengths: list[int]) -> None:
+    one = stretched(group(seed, len(lengths), 3), lengths)
+    [scores] = model().score([one], max_tokens=10**5)
+    assert_equals_reference(one, scores, seed)
+
+
+def test_one_long_branch_does_not_pad_all_the_others() -> None:
+    own = OwnTokens.of([16] * 999 + [60], 0, torch.device("cpu"))
+    assert sum(one.places_NS.numel() for one in own.rectangles) == 999 * 16 + 60
+    assert len(OwnTokens.of([12, 15, 20] * 30, 0, torch.device("cpu")).rectangles) == 1  # not worth a second one
+    assert len(OwnTokens.of(list(range(8, 60)) * 40, 0, torch.device("cpu")).rectangles) < 10
 
 
 def test_a_history_that_grew_is_extended_not_computed_again() -> None:

@@ -1,6 +1,7 @@
 """Small bundles beside the session's own, in one bundle folder, and what to do with them."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
+from models.bundle import MANIFEST, write_bundle
 from models.loading import Bundle
 from tests.tiny import tiny_bundle
 
@@ -51,3 +57,49 @@ async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         await asyncio.sleep(0.01)
+
+
+def forge(bundle: Bundle, out: Path, change: Callable[[Path], None], **fields: Any) -> Bundle:
+    """A copy with a changed folder and manifest fields, whose hashes are right all the same."""
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
+        (folder / MANIFEST).unlink()
+        change(folder)
+
+    write_bundle(out, lambda files: bundle.manifest.model_copy(update={"files": files, **fields}), fill)
+    return Bundle.open(out)
+
+
+def nothing(folder: Path) -> None: ...
+
+
+def tensors(name: str, **changes: Callable[[NDArray[Any]], NDArray[Any]] | None) -> Callable[[Path], None]:
+    """Change tensors of a safetensors file; None leaves one out. A dot in a name is written as two underscores."""
+
+    def change(folder: Path) -> None:
+        held = load_file(folder / name)
+        for tensor, new in changes.items():
+            key = tensor.replace("__", ".")
+            old = held.pop(key)
+            if new is not None:
+                held[key] = np.ascontiguousarray(new(old))
+        save_file(held, folder / name)
+
+    return change
+
+
+def frame(name: str, change: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[[Path], None]:
+    """Change a table."""
+    return lambda folder: change(pl.read_parquet(folder / name)).write_parquet(folder / name)
+
+
+def put(value: float, row: int = 1) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Put a value into one place of a tensor."""
+
+    def change(held: NDArray[Any]) -> NDArray[Any]:
+        held = held.copy()
+        held.reshape(-1)[row] = value
+        return held
+
+    return change

@@ -21,11 +21,10 @@ from service.engines.protocol import (
 from tests.tiny import D_MODEL
 
 
-def echo_scores(group: ScoringGroup) -> Floats:
-    """Scores that depend on the user and on each candidate, and on nothing else."""
-    logits_K = group.item_KC.sum(-1) + group.semantic_KD.sum(-1) / 4 + group.user_1C.sum()
-    scores: Floats = (1 / (1 + np.exp(-logits_K))).astype(np.float32)
-    return scores
+def echo_logits(group: ScoringGroup) -> Floats:
+    """Logits that depend on the user and on each candidate, and on nothing else."""
+    logits_K: Floats = (group.item_KC.sum(-1) + group.semantic_KD.sum(-1) / 4 + group.user_1C.sum()).astype(np.float32)
+    return logits_K
 
 
 class EchoEngine:
@@ -50,7 +49,7 @@ class EchoEngine:
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
         await self._take(jobs)
-        return [self.poisoned.get(job.id, echo_scores(job.group)) for job in jobs]
+        return [self.poisoned.get(job.id, echo_logits(job.group)) for job in jobs]
 
     async def distil(self, jobs: Sequence[DistilJob]) -> list[Outcome]:
         await self._take(jobs)

@@ -6,7 +6,7 @@ import pytest
 from models.segments import Segment
 from service.admission import QueueFullError
 from service.batcher import BatchLimits
-from tests.service.echo import EchoEngine, echo_scores
+from tests.service.echo import EchoEngine, echo_logits
 from tests.service.queueing import Queue, group, later, turns
 
 pytestmark = pytest.mark.anyio
@@ -86,7 +86,7 @@ async def test_a_request_that_was_partly_computed_is_not_refused(echo: EchoEngin
     await turns()
     echo.gate.set()
     [scores], _ = await again
-    np.testing.assert_array_equal(scores, echo_scores(group()))
+    np.testing.assert_array_equal(scores, echo_logits(group()))
     await asyncio.gather(*admitted)
 
 

@@ -1,15 +1,17 @@
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.packs import Pack
 from models.segments import Segment
 from service.batcher import BatchLimits, DeadlineExceededError
 from service.engines.protocol import DistilJob, EngineUnavailableError, JobFailedError, Outcome, ScoreJob
-from tests.service.echo import EchoEngine, echo_scores
+from tests.service.echo import EchoEngine, echo_logits
 from tests.service.queueing import LIMITS, Queue, group, later, turns
 
 pytestmark = pytest.mark.anyio
@@ -19,11 +21,33 @@ async def test_a_long_group_is_cut_to_batches_and_put_together_again(echo: EchoE
     long = group(40)
     queue = Queue(echo)
     [scores], _ = await queue.score(long)
-    np.testing.assert_array_equal(scores, echo_scores(long))
+    np.testing.assert_array_equal(scores, echo_logits(long))
     assert len(echo.batches) == 3
     jobs = [job for batch in echo.batches for job in batch if isinstance(job, ScoreJob)]
     assert all(job.group.pack.tokens <= LIMITS.batch_tokens for job in jobs)
     assert queue.gauge == 0
+
+
+@pytest.mark.parametrize("trunk", [95, 100, 400])
+async def test_a_batch_shorter_than_the_shared_prefix_still_takes_several_candidates(
+    echo: EchoEngine, trunk: int
+) -> None:
+    queue = Queue(echo, BatchLimits(queue_tokens=10**6, batch_tokens=100, ahead_s=0.001, in_flight=1))
+    long = group(40, trunk=trunk)
+    [scores], _ = await queue.score(long)
+    np.testing.assert_array_equal(scores, echo_logits(long))
+    assert len(echo.batches) == 4  # of ten candidates of five tokens
+    echo.batches.clear()
+    alone = [
+        replace(long, pack=Pack(long.pack.trunk, (one,)), item_KC=long.item_KC[:1], semantic_KD=long.semantic_KD[:1])
+        for one in long.pack.branches
+    ]
+    echo.gate.clear()
+    requests = [queue.score(one) for one in alone]
+    await turns()
+    echo.gate.set()
+    await asyncio.gather(*requests)
+    assert len(echo.batches) < 7
 
 
 @given(shapes=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=8))
@@ -36,7 +60,7 @@ def test_every_request_gets_its_own_scores_whatever_its_neighbours(shapes: list[
         answers = await asyncio.gather(*(queue.score(*groups) for groups in requests))
         for groups, (scores, _) in zip(requests, answers, strict=True):
             for one, got in zip(groups, scores, strict=True):
-                np.testing.assert_array_equal(got, echo_scores(one))
+                np.testing.assert_array_equal(got, echo_logits(one))
         for batch in engine.batches:
             tokens = sum(job.group.pack.tokens for job in batch if isinstance(job, ScoreJob))
             assert len(batch) == 1 or tokens <= 100
@@ -56,7 +80,7 @@ async def test_a_cancelled_request_never_reaches_the_engine(echo: EchoEngine) ->
     echo.gate.set()
     await first
     [scores], _ = await kept
-    np.testing.assert_array_equal(scores, echo_scores(group(seed=3)))
+    np.testing.assert_array_equal(scores, echo_logits(group(seed=3)))
     assert [len(batch) for batch in echo.batches] == [1, 1]
     assert echo.cancelled == []
     assert queue.gauge == 0
@@ -154,7 +178,7 @@ async def test_one_failed_job_spares_its_batch_neighbours(echo: EchoEngine) -> N
     with pytest.raises(JobFailedError):
         await bad
     [scores], _ = await good
-    np.testing.assert_array_equal(scores, echo_scores(group(seed=4)))
+    np.testing.assert_array_equal(scores, echo_logits(group(seed=4)))
     assert [len(batch) for batch in echo.batches] == [1, 2]
 
 

@@ -1,18 +1,21 @@
 """Changes of bundles with engines that compute at once: roles, routing, refusals, draining."""
 
 import asyncio
+import gc
 import json
 import shutil
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from service.bundles import memory
 from service.bundles.registry import place_of
 from service.collaborators import Collaborators
-from service.engines.protocol import EngineBrokenError, EngineState
+from service.engines.protocol import EngineBrokenError, EngineState, Outcome, ScoreJob
 from tests.service.bundles import RANK, Family, give, make_family, roles, until
 from tests.service.conftest import client_of, collaborators
 from tests.service.echo import EchoEngine
@@ -247,6 +250,45 @@ async def test_a_bundle_is_followed_by_its_id(
         await service.changes.follow("f" * 64)
     assert b'sella_bundle_changes_total{outcome="refused"} 1.0' in service.metrics.text()
     assert await rank(client) == family.alike.id
+
+
+async def test_a_ranking_tells_apart_what_no_probability_does(
+    client: httpx.AsyncClient, echo: EchoEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = echo.score
+
+    async def far(jobs: Sequence[ScoreJob]) -> list[Outcome]:
+        outcomes = await compute(jobs)
+        return [one if isinstance(one, Exception) else one + np.float32(1000) for one in outcomes]
+
+    monkeypatch.setattr(echo, "score", far)
+    answer = (await client.post("/rank", json=RANK)).json()["results"]
+    turned = (await client.post("/rank", json={**RANK, "candidates": RANK["candidates"][::-1]})).json()["results"]
+    assert {one["score"] for one in answer} == {one["raw_score"] for one in answer} == {1.0}
+    assert [one["item_id"] for one in answer] == [one["item_id"] for one in turned]
+
+
+async def test_a_bundle_that_is_freed_leaves_no_table_behind_without_the_collector(
+    client: httpx.AsyncClient, service: Collaborators, family: Family
+) -> None:
+    """What serves is frozen, so a circle of references would never be freed."""
+    first = [weakref.ref(part) for part in (service.bundles.current.tables, service.bundles.current.assembler)]
+    await rank(client)
+    gc.freeze()
+    gc.disable()
+    try:
+        for bundle in (family.other, family.alike):
+            await give(client, bundle)
+            await rank(client)
+            await until(lambda: not service.changes.draining)
+            frozen = gc.get_freeze_count()
+            assert frozen > 10_000 and not any(part() for part in first)
+            handle = service.bundles.current
+            first = [weakref.ref(part) for part in (handle.tables, handle.assembler)]
+            del handle
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 async def test_shares_that_make_no_sense_are_refused(client: httpx.AsyncClient, family: Family) -> None:

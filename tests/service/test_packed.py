@@ -1,3 +1,4 @@
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,15 @@ import torch
 
 from models.bundle import BundleError
 from models.loading import Bundle
+from models.packed import Row
 from models.packs import ScoringGroup
-from models.scorer import score
+from models.scorer import logit
 from models.scoring_model import ScoringModel
 from models.segments import Segment, SlotKind
+from service.bundles.handle import open_parts
 from service.engines.packed import PackedModel, PackedSource
 from service.engines.protocol import BundlePlace, JobFailedError
+from tests.service.bundles import forge, tensors
 from tests.tiny import tiny_bundle
 
 
@@ -81,7 +85,7 @@ def test_warming_up_passes_a_good_model_and_refuses_a_bad_one(
     packed: PackedModel, model: ScoringModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed.warm_up()
-    monkeypatch.setattr(model, "score", lambda groups, max_tokens: [][0])
+    monkeypatch.setattr(model, "logits", lambda groups, max_tokens, vectors: [][0])
     with pytest.raises(JobFailedError):
         packed.warm_up()
 
@@ -97,7 +101,7 @@ def test_jobs_of_two_bundles_share_a_batch_and_each_gets_its_own_projections(
 ) -> None:
     alike = tiny_bundle(tmp_path / "alike", rest_seed=7)
     packed = PackedModel(bundle, bundle.model(), batch_tokens=2048)
-    packed.attach(BundlePlace(alike.folder, alike.id))
+    packed.attach(BundlePlace(alike.folder, alike.id))()
     works = [(one, group) for one in (bundle, alike, bundle, alike) for group in groups_of(one)]
     for _ in range(2):  # the second time out of the caches
         outcomes = packed.score([group for _, group in works], [one.id for one, _ in works])
@@ -149,7 +153,7 @@ def groups_of(bundle: Bundle) -> list[ScoringGroup]:
 def reference(model: ScoringModel, bundle: Bundle, group: ScoringGroup) -> list[float]:
     """Each candidate alone by `models.scorer`; both bundles have this model's backbone."""
     return [
-        score(
+        logit(
             model.backbone,
             group.pack.trunk + branch.segment,
             bundle.projections(),
@@ -161,3 +165,74 @@ def reference(model: ScoringModel, bundle: Bundle, group: ScoringGroup) -> list[
         )
         for branch, item_C, semantic_D in zip(group.pack.branches, group.item_KC, group.semantic_KD, strict=True)
     ]
+
+
+@pytest.fixture(scope="module")
+def proof(bundle: Bundle) -> ScoringGroup:
+    return open_parts(bundle).proof
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "fp8"])
+def test_the_path_that_will_serve_is_compared_with_the_reference(
+    bundle: Bundle, proof: ScoringGroup, dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bundle.model(dtype=dtype)
+    packed = PackedModel(bundle, model, 1024, places=[BundlePlace(bundle.folder, bundle.id, proof)])
+    packed.warm_up()
+    hidden = model._packed.hidden
+
+    def collapsed(row: Row, embeds: torch.Tensor) -> torch.Tensor:
+        return hidden(row, embeds).mean(0, keepdim=True).expand(len(row.layout.own.answers_N), -1)
+
+    def off(row: Row, embeds: torch.Tensor) -> torch.Tensor:
+        return 30 * hidden(row, embeds)
+
+    for wrong in (collapsed, off):
+        model.forget()
+        monkeypatch.setattr(model._packed, "hidden", wrong)
+        with pytest.raises(BundleError, match="the prompt that proves it: its logits"):
+            packed.warm_up()
+
+
+def test_projections_that_overflow_are_not_attached(bundle: Bundle, tmp_path: Path) -> None:
+    """Every number of the file is finite: only a scored prompt shows it."""
+    packed = PackedModel(bundle, bundle.model(), batch_tokens=2048)
+    change = tensors("projection.safetensors", warm__linear__weight=lambda held: np.full_like(held, 3e38))
+    forged = forge(bundle, tmp_path / "forged", change)
+    serve = packed.attach(BundlePlace(forged.folder, forged.id, open_parts(forged).proof))
+    with pytest.raises(BundleError, match="not finite"):
+        serve()
+    [group] = groups_of(bundle)[:1]
+    lost, kept = packed.score([group, group], [forged.id, bundle.id])
+    assert isinstance(lost, JobFailedError) and not isinstance(kept, JobFailedError)
+
+
+def test_a_worker_goes_on_to_the_next_bundle_where_the_first_one_s_weights_are_others(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    def change(folder: Path) -> None:
+        fields = json.loads((folder / "backbone" / "config.json").read_text())
+        (folder / "backbone" / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5}))
+
+    forged = forge(bundle, tmp_path / "forged", change)
+    places = tuple(BundlePlace(one.folder, one.id) for one in (forged, bundle))
+    model = PackedSource(places, "cpu", 1, 1024, 0).open()
+    [group] = groups_of(bundle)[:1]
+    lost, kept = model.score([group, group], [forged.id, bundle.id])
+    assert isinstance(lost, JobFailedError) and "weights are not those" in str(lost)
+    assert not isinstance(kept, JobFailedError)
+
+
+def test_logits_that_fp32_rounds_to_one_probability_stay_apart_and_an_infinite_one_is_an_error(
+    bundle: Bundle, groups: list[ScoringGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bundle.model()
+    packed, answer_logits = PackedModel(bundle, model, 1024), model.backbone.answer_logits
+    [plain] = scores(packed.score(groups[3:]))
+    monkeypatch.setattr(model.backbone, "answer_logits", lambda hidden_KD: 20 + answer_logits(hidden_KD))
+    [large] = scores(packed.score(groups[3:]))
+    np.testing.assert_allclose(large, 20 + plain, atol=1e-5)
+    assert len(np.unique(large)) == len(plain) > 3
+    monkeypatch.setattr(model.backbone, "answer_logits", lambda hidden_KD: answer_logits(hidden_KD) / 0.0)
+    [outcome] = packed.score(groups[3:])
+    assert isinstance(outcome, JobFailedError) and "not finite" in str(outcome)

@@ -135,6 +135,22 @@ async def test_a_bundle_is_attached_refused_detached_and_kept_over_a_restart(eng
     assert [await has(name) for name in ("one", "two", "three", "four")] == [False, True, False, False]
 
 
+async def test_a_bundle_that_was_detached_while_another_one_was_refused_does_not_come_back(
+    engine: SupervisedEngine,
+) -> None:
+    await engine.attach(BundlePlace(Path("one"), "one"))
+    attaching = asyncio.create_task(engine.attach(BundlePlace(Path("broken"), "two")))
+    await asyncio.sleep(0)
+    engine.detach("one")
+    with pytest.raises(EngineBrokenError, match="told to refuse"):
+        await attaching
+    with pytest.raises(EngineUnavailableError):
+        await engine.distil([job(next(NUMBERS), DIE)])
+    await until_ready(engine)
+    [outcome] = await engine.score([ScoreJob(next(NUMBERS), time.monotonic() + 60, group(), "one")])
+    assert not isinstance(outcome, Exception) and not outcome[0]
+
+
 async def test_a_model_that_cannot_load_is_told_once_and_not_tried_again() -> None:
     engine = SupervisedEngine(ObedientSource(error="backbone\nis missing"), LIMITS, structlog.get_logger())
     await engine.start()

@@ -1,8 +1,10 @@
 """What vLLM is told: its prompts and its arguments. Its answers are tested in `tests/vllm`."""
 
+import asyncio
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +24,10 @@ from service.engines.choice import core_config, open_engine
 from service.engines.lifecycle import Supervision
 from service.engines.merged import MergedSource
 from service.engines.packed import PackedModel, PackedSource
-from service.engines.protocol import BundlePlace, EngineBrokenError, EngineState, EngineUnavailableError
+from service.engines.protocol import BundlePlace, EngineBrokenError, EngineState, EngineUnavailableError, JobFailedError
 from service.engines.supervised import SupervisedEngine
 from service.engines.vllm import VllmEngine
+from service.engines.vllm_core import VllmCore
 from service.engines.vllm_prompts import MixedPrompt, PromptWriter
 from service.settings import Settings, SettingsError, load_settings
 from tests.service.worker_models import ObedientSource
@@ -146,6 +149,62 @@ def test_without_vllm_the_server_says_what_to_install(bundle: Bundle, assembler:
     done = CliRunner().invoke(app, ["run", "--bundle", str(bundle.folder), "--port", "0", "--engine", "vllm"])
     assert done.exit_code == 2
     assert done.stderr == "sella-serve: SELLA_ENGINE: vllm is not installed; pip install 'sella[vllm]'\n"
+
+
+class Cache:
+    """What `VllmCore.forget` asks of vLLM: it drops nothing while a block is in use, and says so."""
+
+    def __init__(self, in_use: int) -> None:
+        self.in_use, self.asked, self.dropped = in_use, 0, 0
+
+    async def reset_prefix_cache(self) -> bool:
+        self.asked += 1
+        self.in_use -= 1
+        self.dropped += self.in_use < 0
+        return self.in_use < 0
+
+    def shutdown(self, timeout: float) -> None: ...
+
+
+@pytest.mark.anyio
+async def test_the_prefix_cache_is_dropped_as_soon_as_no_block_is_in_use_and_new_prompts_wait(
+    bundle: Bundle, assembler: Assembler
+) -> None:
+    core = VllmCore(core_config(Settings(bundle=bundle.folder), bundle, assembler.template), forward_limit_s=2)
+    core._llm = cache = Cache(in_use=20)
+    core.forget()
+    core.forget()  # both are served by the first try that succeeds
+    waited = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(core._admits.wait(), core._loop))
+    await asyncio.sleep(0.05)
+    assert not waited.done() and not cache.dropped
+    await asyncio.wait_for(waited, 5)
+    assert (cache.asked, cache.dropped) == (21, 1)
+
+    core._llm = cache = Cache(in_use=10**6)  # a prompt that never ends holds up the others for a moment alone
+    core.forget()
+    await asyncio.sleep(0.05)
+    waited = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(core._admits.wait(), core._loop))
+    await asyncio.wait_for(waited, 5)
+    assert not cache.dropped
+    cache.in_use = 0
+    await asyncio.sleep(0.2)
+    assert cache.dropped == 1
+    await core.close()
+
+
+def test_an_answer_is_the_difference_of_log_probabilities(bundle: Bundle, assembler: Assembler) -> None:
+    config = core_config(Settings(bundle=bundle.folder), bundle, assembler.template)
+    core = VllmCore.__new__(VllmCore)  # no thread: an answer is read without vLLM
+    core._config, core.sent_tokens, core.cached_tokens = config, 0, 0
+
+    def answer(yes: float, no: float) -> SimpleNamespace:
+        told = {config.answers.yes: SimpleNamespace(logprob=yes), config.answers.no: SimpleNamespace(logprob=no)}
+        return SimpleNamespace(outputs=[SimpleNamespace(logprobs=[told])], prompt_token_ids=[1], num_cached_tokens=0)
+
+    assert core._difference(answer(-1e-9, -30.0)) == pytest.approx(30)
+    for wrong in (-np.inf, np.nan):
+        with pytest.raises(JobFailedError, match="not finite"):
+            core._difference(answer(-0.1, wrong))
 
 
 @pytest.mark.anyio

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,10 +43,10 @@ class ObedientModel:
 
     def begin(self) -> None: ...
 
-    def attach(self, place: BundlePlace) -> None:
+    def attach(self, place: BundlePlace) -> Callable[[], None]:
         if place.folder.name == "broken":
             raise ValueError("told to refuse")
-        self._attached.add(place.bundle_id)
+        return lambda: self._attached.add(place.bundle_id)
 
     def detach(self, bundle_id: str) -> None:
         self._attached.discard(bundle_id)

@@ -10,6 +10,7 @@ import pytest
 from models.features import Floats
 from models.loading import Bundle
 from models.packs import ScoringGroup
+from models.projected import SlotVectors
 from models.scoring_model import ScoringModel
 from training.batch import score_pairs
 from training.data.errors import DataError
@@ -26,11 +27,13 @@ class CountingModel(ScoringModel):
         super().__init__(model.backbone, model.projections)
         self.calls, self.stop = 0, stop
 
-    def score(self, groups: Sequence[ScoringGroup], max_tokens: int = 4096) -> list[Floats]:
+    def logits(
+        self, groups: Sequence[ScoringGroup], max_tokens: int = 4096, vectors: Sequence[SlotVectors] | None = None
+    ) -> list[Floats]:
         if self.calls == self.stop:
             raise KeyboardInterrupt
         self.calls += 1
-        return super().score(groups, max_tokens)
+        return super().logits(groups, max_tokens, vectors)
 
 
 @pytest.fixture(scope="module")

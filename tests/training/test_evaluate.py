@@ -180,7 +180,7 @@ def test_what_is_known_of_a_row_is_what_the_service_assembles(
         user_counts = Counts(int(counts.user_impressions_B[row]), int(counts.user_positives_B[row]))
         item_counts = Counts(int(counts.item_impressions_B[row]), int(counts.item_positives_B[row]))
         alone = known_pairs(
-            raw_valid[row : row + 1], group, (user_counts, user), [(item_counts, not item.trained)], live=True
+            logit(raw_valid[row : row + 1]), group, (user_counts, user), [(item_counts, not item.trained)], live=True
         )
         at = float(valid["timestamp"][row])
         newest = histories.times_of(int(histories.of_split("valid").user_code[row]))[: len(liked)]

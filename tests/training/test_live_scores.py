@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from models.fusion import Fusion, Known, Weight, Weights, raw_logits
+from models.fusion import Fusion, Known, Weight, Weights
 from models.loading import Bundle
 from service.engines.packed import PackedModel
 from tests.service.conftest import client_of, collaborators
@@ -58,19 +58,20 @@ async def test_a_split_replayed_through_the_service_gets_the_scores_of_evaluate_
         served += await replayed(client, again.with_columns(user_id=pl.lit(victim)), clock)
     await service.interactions.close()
 
-    raw_B, score_B = np.array(served, np.float32).T
+    raw_B, score_B = np.array(served).T
+    logit_B = np.log(raw_B) - np.log1p(-raw_B)
     # A forward of another size rounds differently.
     np.testing.assert_allclose(raw_B, 1 / (1 + np.exp(-known.lm_K)), atol=5e-6)
-    np.testing.assert_allclose(score_B, scores_of(fusion, replace(known, lm_K=raw_logits(raw_B))), atol=1e-6)
+    np.testing.assert_allclose(score_B, scores_of(fusion, replace(known, lm_K=logit_B)), atol=1e-6)
     at_first = known_live(scorer, in_one_second(at_once))
     assert np.abs(scores_of(fusion, at_first) - score_B[:ROWS]).max() > 1e-3  # outcomes do move later scores
     # Without the update with outcomes the scores would differ: for trained, cold and deleted users.
-    static_B = scores_of(fusion, replace(known, lm_K=raw_logits(raw_B), live_user_KC=known.user_KC))
+    static_B = scores_of(fusion, replace(known, lm_K=logit_B, live_user_KC=known.user_KC))
     moved_B = np.abs(static_B - score_B) > 1e-4
     cold_B = known.cold_user_K[:ROWS]
     assert moved_B[:ROWS][cold_B].sum() > 5 and moved_B[:ROWS][~cold_B].sum() > 5 and moved_B[ROWS:].any()
     # The same holds for recent likes: of trained and cold users, and of likes after the deletion.
-    nothing = replace(known, lm_K=raw_logits(raw_B), like_ages_KL=np.full_like(known.like_ages_KL, np.inf))
+    nothing = replace(known, lm_K=logit_B, like_ages_KL=np.full_like(known.like_ages_KL, np.inf))
     moved_B = np.abs(scores_of(fusion, nothing) - score_B) > 1e-3
     assert moved_B[:ROWS][cold_B].any() and moved_B[:ROWS][~cold_B].any() and moved_B[ROWS:].any()
     negatives = known.user_impressions_K - known.user_positives_K

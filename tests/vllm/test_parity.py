@@ -10,6 +10,7 @@ import torch
 
 from models.assembly import Assembler
 from models.features import ItemFeatures, Tables
+from models.fusion import probabilities
 from models.loading import Bundle
 from models.packs import Branch, Pack, ScoringGroup
 from models.projection import Verbatim
@@ -33,7 +34,7 @@ async def ask(engine: VllmEngine, *groups: ScoringGroup) -> list[np.ndarray]:
     for outcome in outcomes:
         assert not isinstance(outcome, Exception), outcome
         assert outcome.dtype == np.float32
-    return [np.asarray(outcome) for outcome in outcomes]
+    return [probabilities(np.asarray(outcome)) for outcome in outcomes]
 
 
 class Draw:
@@ -145,7 +146,7 @@ async def test_a_bundle_of_equal_weights_is_attached_and_each_job_gets_its_own_p
     assert not np.allclose(own, other, atol=1e-3)
     for outcome, expected in zip(outcomes, [own, other, own, other], strict=True):
         assert not isinstance(outcome, Exception), outcome
-        np.testing.assert_allclose(outcome, expected, atol=FP32)
+        np.testing.assert_allclose(probabilities(np.asarray(outcome)), expected, atol=FP32)
     engine.detach(alike.id)
     [gone] = await engine.score([ScoreJob(9, time.monotonic() + 120, group, alike.id)])
     assert isinstance(gone, JobFailedError)

@@ -13,6 +13,7 @@ import pytest
 
 from models.assembly import Assembler
 from models.features import Tables
+from models.fusion import probabilities
 from models.packs import Branch, Pack, ScoringGroup
 from models.scoring_model import ScoringModel
 from models.segments import Segment
@@ -52,7 +53,7 @@ async def test_a_bad_job_fails_alone(engine: VllmEngine, group: ScoringGroup, ex
         assert isinstance(outcome, JobFailedError), outcome
     for outcome in (first, last):
         assert not isinstance(outcome, Exception), outcome
-        np.testing.assert_allclose(outcome, expected, atol=1e-5)
+        np.testing.assert_allclose(probabilities(np.asarray(outcome)), expected, atol=1e-5)
 
 
 async def test_late_and_cancelled_jobs_are_dropped(
@@ -66,7 +67,7 @@ async def test_late_and_cancelled_jobs_are_dropped(
     cancelled, kept, late = await asked
     assert isinstance(cancelled, JobDroppedError) and isinstance(late, JobDroppedError)
     assert not isinstance(kept, Exception)
-    np.testing.assert_allclose(kept, expected, atol=1e-5)
+    np.testing.assert_allclose(probabilities(np.asarray(kept)), expected, atol=1e-5)
 
 
 async def test_a_lost_core_is_replaced_and_a_hung_one_killed(
@@ -121,4 +122,4 @@ async def test_a_lost_core_is_replaced_and_a_hung_one_killed(
 async def ask(engine: VllmEngine, group: ScoringGroup, expected: list[float]) -> None:
     [outcome] = await engine.score([job(1, group)])
     assert not isinstance(outcome, Exception), outcome
-    np.testing.assert_allclose(outcome, expected, atol=1e-5)
+    np.testing.assert_allclose(probabilities(np.asarray(outcome)), expected, atol=1e-5)
