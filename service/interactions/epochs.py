@@ -42,7 +42,7 @@ class Position:
         return [
             Place(number, max(told, one.start), end)
             for number, (one, told, end) in enumerate(zip(self.epochs, applied, ends, strict=True))
-            if told < end
+            if max(told, one.start) < end
         ]
 
 

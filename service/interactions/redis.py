@@ -5,11 +5,11 @@ and deletions say what shall be, so what comes twice, late or from another serve
 sums, so that each entry of a log must be applied once: its epoch's place moves with it, in one step.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from models.features import MAX_OUTCOMES
 from service.features.keys import BUNDLE_DIGITS, Keys
@@ -56,7 +56,7 @@ class RedisInteractions:
             SharedStoreError: Redis does not answer.
         """
         try:
-            told = await _value(self._client.hmget(self._keys.applied, list(epochs)))
+            told = await self._mended(lambda: self._client.hmget(self._keys.applied, list(epochs)))
             return [int(one or 0) for one in told]
         except (RedisError, OSError, ValueError) as error:
             raise SharedStoreError(f"Redis does not tell what it has of the log: {error}") from error
@@ -92,7 +92,7 @@ class RedisInteractions:
             SharedStoreError: Redis does not answer.
         """
         try:
-            await self._index_deletions()
+            await self._mended(self._index_deletions)
             found = await _value(
                 self._client.zrange(
                     self._keys.deletions, f"({mark!r}", "+inf", byscore=True, offset=0, num=limit, withscores=True
@@ -215,6 +215,19 @@ class RedisInteractions:
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not tell counts: {error}") from error
         return Counted(True, counts_told(users, told[: len(users)]), counts_told(items, told[len(users) :]))
+
+    async def _mended(self, ask: Callable[[], Any]) -> Any:
+        """Return a reply; a key of another type is damaged: it is removed, and comes again from the logs."""
+        try:
+            return await ask()
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+        keys = self._keys
+        for key, wanted in ((keys.applied, b"hash"), (keys.deleted, b"hash"), (keys.deletions, b"zset")):
+            if await self._client.type(key) != wanted:
+                await _value(self._client.delete(key))
+        return await ask()
 
     @property
     def _shared_keys(self) -> tuple[str, ...]:

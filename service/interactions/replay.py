@@ -23,6 +23,7 @@ AUDIT_S = 5.0  # how often to look whether the store has lost something
 AUDITED = 500  # users of one look
 AGAIN_S = 600.0  # a store that goes on losing keys is filled again this often at most
 FIRST_RETRY_S, LAST_RETRY_S = 0.2, 5.0
+CANCEL_S = 0.5  # after which a task that goes on is cancelled again
 ANSWER_S = 10.0  # the store has deadlines of its own; this is for one that forgets them
 
 
@@ -50,13 +51,23 @@ class Replay:
         self._progress = asyncio.Event()
         self._applied = 0
         self._answers = True
-        self._deletions_asked = self._tables_asked = self._audited = self._began_again = float("-inf")
+        self._deletions_asked = self._tables_asked = self._began_again = float("-inf")
         self._mark = float("-inf")  # deletions up to here are in the log
         self._audit_users = self._audit_deletions = ""  # whom the last look ended with
         self._filling: CountTable | None = None  # the table that is being filled
 
     async def run(self) -> None:
         """Follow the log until cancelled."""
+        audit = asyncio.create_task(self._audit_forever())
+        try:
+            await self._follow()
+        finally:
+            while not audit.done():
+                # Before Python 3.12 `asyncio.wait_for` loses a cancellation that comes as its future ends.
+                audit.cancel()
+                await asyncio.wait([audit], timeout=CANCEL_S)
+
+    async def _follow(self) -> None:
         retry_s = FIRST_RETRY_S
         while True:
             try:
@@ -98,8 +109,6 @@ class Replay:
         done = await self._apply(position)
         if time.monotonic() - self._deletions_asked >= DELETIONS_S:
             await self._take_deletions()
-        if done and time.monotonic() - self._audited >= AUDIT_S:
-            await self._audit()
         return await self._fill(position) and done
 
     async def _apply(self, position: Position) -> bool:
@@ -134,15 +143,24 @@ class Replay:
         if not found.more:
             self._deletions_asked = time.monotonic()
 
+    async def _audit_forever(self) -> None:
+        while True:
+            await asyncio.sleep(AUDIT_S)
+            with suppress(SharedStoreError, LogUnavailableError, TimeoutError):
+                async with asyncio.timeout(ANSWER_S):
+                    await self._audit()
+
     async def _audit(self) -> None:
         """Look whether the store has lost likes of some users, or was made to remove keys; then fill it anew."""
         users = await self._log.users_with_likes(self._audit_users, AUDITED)
         deletions = await self._log.deletions(self._audit_deletions, AUDITED)
-        if self._applied < self._log.position().seq:
-            return  # likes that were not applied yet are not lost
+        position = self._log.position()
+        while self._applied < position.seq:
+            await self._progress.wait()
+        if not any(await self._shared.applied([one.id for one in position.epochs])):
+            return  # it has nothing of this log: what it lacks is about to be applied
         self._audit_users = users[-1] if len(users) == AUDITED else ""
         self._audit_deletions = deletions[-1][0] if len(deletions) == AUDITED else ""
-        self._audited = time.monotonic()
         lost = await self._shared.lost(users, deletions)
         if lost:
             self._metrics.lost()

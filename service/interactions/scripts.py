@@ -136,7 +136,7 @@ local function like(user, item, event, moment, old)
   local time = split and tonumber(string.sub(old, 1, split - 1))
   if time then
     local name = string.sub(old, split + 1)
-    if time < tonumber(moment) or (time == tonumber(moment) and name <= event) then return old end
+    if time < tonumber(moment) or (time == tonumber(moment) and name < event) then return old end
     run('ZREM', key, name .. '\\0' .. item)
   end
   run('ZADD', key, moment, event .. '\\0' .. item)
