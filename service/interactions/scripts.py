@@ -8,6 +8,7 @@ of it knew before. Such an impression was counted by every table that the log's 
 A key that holds another type, or a number that is none, is damaged: it is begun anew, so that it costs itself alone.
 """
 
+HASH_DIGITS = 20  # of an impression's key: there are many, and a shorter key takes an eighth less memory
 FILLED_S = 120  # how long an impression that was filled in is remembered, for other servers that fill it in too
 
 # KEYS: applied, deletions, bundles, numbers of deletions, number of tables. ARGV: log id, seconds to keep keys, seconds
@@ -18,7 +19,7 @@ _SHARED = (
 local log, retention, remembered = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local likes_kept, outcomes_kept, name_digits = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
 local impressions, likes, outcomes = ARGV[9], ARGV[10], ARGV[11]
-local FILLED_S = {FILLED_S}
+local FILLED_S, HASH_DIGITS = {FILLED_S}, {HASH_DIGITS}
 """
     + """
 local function run(command, key, ...)
@@ -173,7 +174,7 @@ end
 local function advance(kind, event, user, item, label, moment, impression, known, known_shown, known_like)
   if before_deletion(user, moment) then return end
   local hash = redis.sha1hex(impression)
-  local key, name = impressions .. hash, string.sub(hash, 1, name_digits)
+  local key, name = impressions .. string.sub(hash, 1, HASH_DIGITS), string.sub(hash, 1, name_digits)
   local one = read(key) or recall(user, item, impression, name, moment, known, known_shown)
   if one.like == '' then one.like = known_like end
   local was, anew = one.state, false
@@ -235,7 +236,7 @@ for _, counts in ipairs(tables) do
     for place = 15, #ARGV, 5 do
       local user, item, impression, shown = ARGV[place], ARGV[place + 1], ARGV[place + 2], ARGV[place + 4]
       local hash = redis.sha1hex(impression)
-      local key, keep = impressions .. hash, {'KEEPTTL'}
+      local key, keep = impressions .. string.sub(hash, 1, HASH_DIGITS), {'KEEPTTL'}
       local one = read(key)
       if not one then
         one = recall(user, item, impression, string.sub(hash, 1, name_digits), shown, ARGV[place + 3], shown)
