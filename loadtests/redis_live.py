@@ -61,8 +61,8 @@ async def measure(url: str, count: int) -> list[Taken]:
     """Return what was measured."""
     client = open_client(url, TIMEOUT_S)
     keys = KEYS.bundle(BUNDLE_ID)
-    await client.hset(keys.meta, mapping={"counts": 1, "counted_until": 0})  # type: ignore[misc]
-    await client.sadd(KEYS.bundles, BUNDLE_ID)  # type: ignore[misc]
+    await client.hset(keys.meta, mapping={"counts": 1, "counted_until": 0})
+    await client.sadd(KEYS.bundles, BUNDLE_ID)
     users = max(1, count // 50)
     window, retention = "window + 15 min", "retention"
     waiting = await _apply(client, "shown", count, users, None)

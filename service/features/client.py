@@ -35,16 +35,14 @@ def open_client(url: str, timeout_s: float) -> Redis:
     return Redis.from_pool(_pool(url, timeout_s))
 
 
-def open_publisher(url: str) -> "redis.Redis":
-    """Return a client for a command that writes for minutes and may wait.
+def open_publisher(url: str, timeout_s: float = _PUBLISH_TIMEOUT_S) -> "redis.Redis":
+    """Return a client for work that takes minutes and may wait; `timeout_s` is for one command.
 
     Raises:
         ValueError: the address is none.
     """
     check_url(url)
-    return redis.Redis.from_url(
-        url, socket_timeout=_PUBLISH_TIMEOUT_S, socket_connect_timeout=_PUBLISH_TIMEOUT_S, protocol=2
-    )
+    return redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, protocol=2)
 
 
 def check_url(url: str) -> str:

@@ -20,6 +20,7 @@ from service.metrics.store import StoreMetrics
 
 TELL_S = 20.0
 STAYS_S = 300.0  # how long a server that is cut off from Redis is believed to serve on
+HOUSE_TIMEOUT_S = 2.0  # of one command
 HOUSE_S = 60.0  # how often to look for bundles that nobody serves any more
 
 
@@ -50,6 +51,7 @@ class Presence:
         self._told: set[str] = set()
         self._kept_house_at = float("-inf")
         self._policy = ""
+        self._closing = False
 
     async def run(self) -> None:
         """Tell until cancelled, then take it back."""
@@ -57,12 +59,15 @@ class Presence:
             while True:
                 with suppress(RedisError, OSError):
                     await self._tell(self._served())
+                with suppress(RedisError, OSError):
                     self._warn(await self._client.info("memory"))
+                with suppress(RedisError, OSError, InterruptedError):
                     if time.monotonic() - self._kept_house_at >= HOUSE_S:
-                        first, self._kept_house_at = self._kept_house_at < 0, time.monotonic()
-                        await asyncio.to_thread(self._keep_house, first=first)
+                        await asyncio.to_thread(self._keep_house, first=self._kept_house_at < 0)
+                        self._kept_house_at = time.monotonic()
                 await asyncio.sleep(TELL_S)
         finally:
+            self._closing = True
             with suppress(RedisError, OSError):
                 await self._tell(set())
 
@@ -85,10 +90,16 @@ class Presence:
         self._policy = policy
 
     def _keep_house(self, *, first: bool) -> None:
-        with closing(open_publisher(self._url)) as client:
+        """Go through Redis, which may take minutes. It ends with the server: the process waits for its threads."""
+
+        def tick(_: int) -> None:
+            if self._closing:
+                raise InterruptedError
+
+        with closing(open_publisher(self._url, HOUSE_TIMEOUT_S)) as client:
             if first:
-                shorten_impressions(client, self._keys, self._impression_s)
-            remove_stale_counts(client, self._keys)
-            ended = expire_superseded(client, self._keys, lambda _: None)
+                shorten_impressions(client, self._keys, self._impression_s, tick)
+            remove_stale_counts(client, self._keys, tick)
+            ended = expire_superseded(client, self._keys, tick)
         if ended:
             self._log.info("superseded_ends", keys=ended)

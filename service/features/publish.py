@@ -212,7 +212,7 @@ class Publisher:
         """Check the room, and start anew unless the same was begun before."""
         told: dict[Any, Any] = dict(self._told(tables))
         other = meta.get("bundle_id", self._bundle.id)
-        if other != self._bundle.id:
+        if other != self._bundle.id and other[:BUNDLE_DIGITS] == self._bundle.id[:BUNDLE_DIGITS]:
             raise PublishError(f"{self._keys.meta} belongs to bundle {other}, whose id begins alike; remove that first")
         resumes = all(meta.get(key) == value for key, value in told.items()) and "expires_at" not in meta
         if not resumes or (self._options.again and meta.get("finished") == "1"):
@@ -331,7 +331,7 @@ def _chunks(ids: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str]]
 
 
 def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def reason(error: RedisError) -> str:

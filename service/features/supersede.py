@@ -65,7 +65,7 @@ def expire_superseded(client: "redis.Redis", keys: Keys, tick: Callable[[int], N
     return done
 
 
-def remove_stale_counts(client: "redis.Redis", keys: Keys) -> None:
+def remove_stale_counts(client: "redis.Redis", keys: Keys, tick: Callable[[int], None]) -> None:
     """Remove tables of counts in whose place others began, after Redis had lost data."""
     for bundle_id in map(_text, client.smembers(keys.bundles)):
         bundle = keys.bundle(bundle_id)
@@ -75,13 +75,15 @@ def remove_stale_counts(client: "redis.Redis", keys: Keys) -> None:
             tables = client.scan_iter(f"{bundle.counts}*", _SCANNED)
             for some in _chunks(key for key in tables if not key.startswith(current)):
                 client.unlink(*some)
+                tick(len(some))
             client.hdel(bundle.meta, "stale")
 
 
-def shorten_impressions(client: "redis.Redis", keys: Keys, seconds: float) -> None:
+def shorten_impressions(client: "redis.Redis", keys: Keys, seconds: float, tick: Callable[[int], None]) -> None:
     """Let no impression be kept longer than `seconds` from now."""
     for some in _chunks(client.scan_iter(f"{keys.impression}*", _SCANNED)):
         client.eval(_SHORTEN, len(some), *some, max(1, round(seconds)))
+        tick(len(some))
 
 
 def _expire(

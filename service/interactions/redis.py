@@ -58,7 +58,10 @@ class RedisInteractions:
         try:
             told = await self._mended(lambda: self._client.hmget(self._keys.applied, list(epochs)))
             return [int(one or 0) for one in told]
-        except (RedisError, OSError, ValueError) as error:
+        except ValueError:  # damaged: how far the log was applied is lost
+            await self.begin_again()
+            return [0] * len(epochs)
+        except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not tell what it has of the log: {error}") from error
 
     async def apply(
@@ -94,8 +97,8 @@ class RedisInteractions:
         try:
             await self._mended(self._index_deletions)
             found = await _value(
-                self._client.zrange(
-                    self._keys.deletions, f"({mark!r}", "+inf", byscore=True, offset=0, num=limit, withscores=True
+                self._client.zrangebyscore(
+                    self._keys.deletions, f"({mark!r}", "+inf", start=0, num=limit, withscores=True
                 )
             )
             times = await _value(self._client.hmget(self._keys.deleted, [user for user, _ in found])) if found else []

@@ -246,12 +246,13 @@ def test_publishing_the_same_bundle_repairs_what_is_damaged_and_writes_nothing_e
         assert client.get(KEYS.pointer) == bundle.id.encode() and client.hget(keys.meta, "complete") == b"1"
 
 
-def test_records_of_another_release_are_written_anew(redis: RedisServer, bundle: Bundle) -> None:
+def test_records_of_another_release_or_of_a_damaged_meta_are_written_anew(redis: RedisServer, bundle: Bundle) -> None:
     publish(redis, bundle)
     with redis.client() as client:
-        client.hset(BundleKeys(bundle.id).meta, "version", "1")
-        assert not publish(redis, bundle).already
-        assert publish(redis, bundle).already
+        for damaged in ({"version": "1"}, {"users": b"\xff"}, {"bundle_id": "x"}, {"precision": "float128"}):
+            client.hset(BundleKeys(bundle.id).meta, mapping=damaged)
+            assert not publish(redis, bundle).already
+            assert publish(redis, bundle).already
 
 
 def test_fleets_with_prefixes_of_their_own_do_not_meet(redis: RedisServer, bundle: Bundle, newer: Bundle) -> None:
