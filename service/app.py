@@ -12,6 +12,7 @@ from service.collaborators import Collaborators
 from service.engines.protocol import EngineBrokenError
 from service.errors import install_error_handlers
 from service.features.pointer import PointerWatch
+from service.features.presence import Presence
 from service.intake import Intake
 from service.metrics.registry import build_version
 from service.routes import admin, health, interactions, rank, score, users
@@ -62,9 +63,10 @@ def create_app(
         await service.bundles.current.engine.start()
         watch = asyncio.create_task(_watch(service, on_broken))
         follow = asyncio.create_task(_follow(service))
+        tell = asyncio.create_task(_tell_served(service))
         yield
         service.bundles.stopping = True
-        for task in (watch, follow):
+        for task in (watch, follow, tell):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -111,9 +113,24 @@ async def _follow(service: Collaborators) -> None:
         await service.bundles.current.engine.ready()
         served = service.bundles.current.bundle_id
         watch = PointerWatch(
-            service.stores.client, service.settings.pointer_s, service.changes.follow, service.log, served=served
+            *(service.stores.client, service.settings.pointer_s, service.changes.follow, service.log),
+            served=served,
+            keys=service.stores.keys,
+            metrics=service.metrics.store,
         )
         await watch.run()
+
+
+async def _tell_served(service: Collaborators) -> None:
+    """Tell Redis which bundles are served, if there is a Redis."""
+    if service.stores.client is None:
+        return
+
+    def served() -> set[str]:
+        return {seat.handle.bundle_id for seat in service.bundles.roles.values()} | set(service.changes.draining)
+
+    client, url, stores = service.stores.client, service.settings.store, service.stores
+    await Presence(client, url, stores.keys, served, stores.metrics, service.log, stores.impression_s).run()
 
 
 async def _watch(service: Collaborators, on_broken: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.features.client import check_url
+from service.features.keys import DEFAULT_PREFIX, KEY_PREFIX
 
 PREFIX = "SELLA_"
 EMBEDDED = "embedded"
@@ -28,6 +29,12 @@ class Settings(BaseSettings):
         default="embedded",
         description="Where users and items are looked up: embedded, the bundle's own tables, needs no server; or the"
         " address of a Redis (redis://, rediss://, unix://) that bundles were published to.",
+    )
+    redis_prefix: str = Field(
+        default=DEFAULT_PREFIX,
+        pattern=f"^{KEY_PREFIX}$",
+        description="What every key in Redis begins with. One prefix for each fleet: servers that share a prefix and a"
+        " database share the bundle to be served, users, items and interactions.",
     )
     redis_timeout_ms: float = Field(
         default=100.0,

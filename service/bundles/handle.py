@@ -99,7 +99,7 @@ def handle_of(parts: BundleParts, engine: Engine, batcher: Batcher, stores: Stor
         bundle=parts.bundle,
         bundle_id=parts.bundle.id,
         tables=parts.tables,
-        store=open_store(parts.bundle.id, parts.tables, stores),
+        store=open_store(parts.bundle.id, parts.tables, stores, parts.counts.until),
         assembler=parts.assembler,
         fusion=parts.fusion,
         counts=parts.counts,

@@ -2,25 +2,30 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 import structlog
 
 from service.features.embedded import EmbeddedStore
 from service.features.protocol import Features, Query, StoreHealth
-from service.features.redis import LookUpError, RedisStore
-from service.metrics.store import FallbackReason, StoreMetrics
+from service.features.redis import LookUpError, NotPublishedError, RedisStore
+from service.metrics.store import DamagedKind, FallbackReason, StoreMetrics
 
 # Look-ups in a row that may fail before Redis is left alone: one may be the event loop's own delay.
 FAILURES = 3
 CHECK_S = 1.0
+DAMAGE_TOLD_S = 60.0
+MEND = "publish the bundle again: what is damaged of it is written anew; what is live comes again from the logs"
 
 
 class FallbackStore:
     """A `FeatureStore` of one bundle over Redis and the bundle's own tables, which are always there.
 
     After some failures in a row no request asks Redis until a check in the background has found it well, so that a
-    Redis that hangs costs a request nothing. The check runs from the first use until `close`.
+    Redis that hangs costs a request nothing. The check runs from the first use until `close`. A bundle that is not in
+    Redis, as a canary that nobody published, gets users and items from its tables and all that is live from Redis. A
+    record that is damaged costs itself alone.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class FallbackStore:
         self._failures = 0
         self._trouble: LookUpError | None = None  # why Redis is left alone; None while it is asked
         self._detail = "redis: not asked yet"
+        self._held: bool | None = None  # whether Redis holds the bundle; None until it was asked
+        self._damage_told = float("-inf")
         self._watch: asyncio.Task[None] | None = None
 
     async def look_up(self, bundle_id: str, query: Query) -> Features:
@@ -61,6 +68,7 @@ class FallbackStore:
                 reason = self._failed(error)
             else:
                 self._failures = 0
+                self._tell_damaged(found.damaged)
                 found = await self._filled(bundle_id, query, found)
                 self._metrics.looked_up("redis", time.monotonic() - started)
                 return found
@@ -74,13 +82,15 @@ class FallbackStore:
 
     def _failed(self, error: LookUpError) -> FallbackReason:
         self._failures += 1
-        # A bundle that is not there will not be there for the next request either.
-        if self._failures >= FAILURES or error.reason == "bundle_missing":
+        if self._failures >= FAILURES:
             self._leave_alone(error)
         return error.reason
 
     async def _filled(self, bundle_id: str, query: Query, found: Features) -> Features:
-        """Add what Redis has lost and the tables know: evicted keys. Who was deleted stays out."""
+        """Add what Redis lacks and the tables know: lost keys, damaged records, a bundle that was not published.
+
+        Who was deleted stays out.
+        """
         deleted = {one for one, live in found.live.items() if live.deleted_at is not None}
         users = query.user_ids - found.users.keys() - deleted
         items = query.item_ids - found.items.keys()
@@ -90,8 +100,9 @@ class FallbackStore:
         if not (users or items or named):
             return found
         known = await self._embedded.look_up(bundle_id, Query(users, items | named, query.histories_of & users))
-        self._metrics.filled("user", len(known.users))
-        self._metrics.filled("item", len(known.items))
+        if found.held:
+            self._metrics.filled("user", len(known.users))
+            self._metrics.filled("item", len(known.items))
         return Features(
             users={**known.users, **found.users},
             items={**{one: known.items[one] for one in items & known.items.keys()}, **found.items},
@@ -99,6 +110,15 @@ class FallbackStore:
             history_items={**known.items, **known.history_items, **found.history_items},
             counted=found.counted,
         )
+
+    def _tell_damaged(self, damaged: Sequence[DamagedKind]) -> None:
+        """Count records that could not be read, and log them now and then: a request may meet many."""
+        for kind in damaged:
+            self._metrics.damaged(kind)
+        if damaged and time.monotonic() - self._damage_told >= DAMAGE_TOLD_S:
+            self._damage_told = time.monotonic()
+            kinds = sorted(set(damaged))
+            self._log.warning("store_damaged", kinds=kinds, bundle_id=self._redis.bundle_id, mend=MEND)
 
     async def health(self) -> StoreHealth:
         """Return ready, whatever Redis does, and in the detail where answers come from."""
@@ -133,12 +153,25 @@ class FallbackStore:
             self._leave_alone(LookUpError("timeout", f"Redis does not answer within {self._limit_s * 1000:g} ms"))
         except LookUpError as error:
             self._leave_alone(error)
+        except NotPublishedError as error:
+            self._detail = f"embedded tables, because {error}; likes, outcomes and deletions come from Redis"
+            self._answered(held=False)
         else:
-            self._metrics.up(self._redis.bundle_id, True)
-            if self._trouble is not None:
-                self._log.info("store_recovered", detail=self._detail)
-                self._trouble = None
-                self._failures = FAILURES - 1  # one failure more and it is left alone again
+            self._answered(held=True)
+
+    def _answered(self, *, held: bool) -> None:
+        """Ask Redis again from now on, and tell if it has lost or got the bundle."""
+        self._metrics.up(self._redis.bundle_id, True)
+        self._metrics.published(self._redis.bundle_id, held)
+        if self._trouble is not None:
+            self._log.info("store_recovered", detail=self._detail)
+            self._trouble = None
+            self._failures = FAILURES - 1  # one failure more and it is left alone again
+        if held != self._held:
+            if self._held is not None or not held:
+                event = "bundle_in_store" if held else "bundle_not_in_store"
+                self._log.info(event, bundle_id=self._redis.bundle_id)
+            self._held = held
 
     def _leave_alone(self, error: LookUpError) -> None:
         self._metrics.up(self._redis.bundle_id, False)

@@ -1,12 +1,13 @@
 """What a feature store is: users and items of one bundle, in one batched, asynchronous call."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from models.features import HistoryItem, ItemFeatures, UserFeatures
 from service.interactions.counts import NOTHING_COUNTED, Counted
 from service.interactions.live import LiveUser
+from service.metrics.store import DamagedKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Features:
     histories and the likes in `live` name; a store may answer them without the vectors behind a candidate's slots.
     `live` holds what other servers shared through the store: likes of the users whose stored history was wanted,
     outcomes and deletions of all users asked for. `counted` holds the live counts of all servers since the end of the
-    bundle's own counts.
+    bundle's own counts. `held` is False if the store does not have the bundle, and so no user and item of it. `damaged`
+    has a kind for each record that could not be read and was left out.
     """
 
     users: Mapping[str, UserFeatures]
@@ -39,6 +41,8 @@ class Features:
     live: Mapping[str, LiveUser] = field(default_factory=dict)
     history_items: Mapping[str, HistoryItem] = field(default_factory=dict)
     counted: Counted = NOTHING_COUNTED
+    held: bool = True
+    damaged: Sequence[DamagedKind] = ()
 
     def history_item(self, item_id: str) -> HistoryItem | None:
         """Return what is known of an item of a history, however it came to be known."""

@@ -1,13 +1,14 @@
 """A bundle's users and items to Redis: everything written and counted first, the pointer to it switched last.
 
 Progress is kept in the bundle's meta, so that a publish that was killed goes on where it was. Writing twice is
-harmless: a record is a function of the bundle and the precision alone.
+harmless: a record is a function of the bundle and the precision alone. So a bundle that is there already is compared
+with what it should be, and what is damaged or lost is written anew.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 import redis
 from redis.exceptions import RedisError
@@ -15,33 +16,39 @@ from redis.exceptions import RedisError
 from models.features import Tables
 from models.loading import Bundle
 from service.features.codec import RECORD_VERSION, Codec, Precision, PrecisionName
-from service.features.keys import BUNDLE_DIGITS, BUNDLES, DELETED, POINTER, TABLES, BundleKeys
+from service.features.keys import BUNDLE_DIGITS, Keys
 from service.features.supersede import expire_superseded
 
 _KEY_BYTES = 120  # what Redis itself takes for a key of this length and its entry
 _SAMPLE = 64  # records that memory is estimated by
 _EXISTS = 1000  # keys asked for at once
 
-# KEYS: pointer, meta. ARGV: the bundle's id, now, seconds to keep what is superseded, BUNDLE_DIGITS.
+# KEYS: pointer, meta. ARGV: the bundle's id, now, seconds to keep what is superseded, digits of a bundle's id in a key,
+# what all keys begin with.
 _SWITCH = """
 local old = redis.call('GET', KEYS[1])
-redis.call('HSET', KEYS[2], 'complete', '1')
-redis.call('HDEL', KEYS[2], 'expires_at', 'expired')
+redis.call('HDEL', KEYS[2], 'expires_at', 'ends', 'expired')
 redis.call('SET', KEYS[1], ARGV[1])
 if old and old ~= ARGV[1] then
-  local meta = 'sella:' .. string.sub(old, 1, tonumber(ARGV[4])) .. ':meta'
+  local meta = ARGV[5] .. ':' .. string.sub(old, 1, tonumber(ARGV[4])) .. ':meta'
   if redis.call('EXISTS', meta) == 1 then redis.call('HSET', meta, 'expires_at', ARGV[2] + ARGV[3]) end
 end
 """
 
-# Begins a table of counts, unless the bundle has a table that does not expire. KEYS: meta, bundles, number of tables.
-# ARGV: the bundle's id, the time at which its own counts end. It is one step: entries applied after it are counted at
-# once, and each server fills in the entries applied before it from its log.
+# Begins a table of counts, unless the bundle has a table that does not expire. KEYS: meta, bundles, number of tables,
+# applied. ARGV: the bundle's id, the time at which its own counts end, prefix of tables. It is one step: entries that
+# are applied after it are counted at once. Each server fills in the entries applied before it from its log; `begun`
+# says which.
 _COUNT = """
 if not redis.call('HGET', KEYS[1], 'counts') or redis.call('HEXISTS', KEYS[1], 'expires_at') == 1 then
-  redis.call('HSET', KEYS[1], 'counts', redis.call('INCR', KEYS[3]), 'counted_until', ARGV[2])
+  local number = redis.call('INCR', KEYS[3])
+  redis.call('HSET', KEYS[1], 'counts', number, 'counted_until', ARGV[2])
+  local applied = redis.call('HGETALL', KEYS[4])
+  for place = 1, #applied, 2 do
+    redis.call('HSET', ARGV[3] .. number .. ':begun', applied[place], applied[place + 1])
+  end
 end
-redis.call('HDEL', KEYS[1], 'expires_at', 'expired')
+redis.call('HDEL', KEYS[1], 'expires_at', 'ends', 'expired')
 redis.call('SADD', KEYS[2], ARGV[1])
 """
 
@@ -62,28 +69,38 @@ class PublishOptions:
     batch: int = 500  # records of one round trip: some megabytes at Qwen2-7B's sizes
     keep_s: int = 3600  # how long a superseded bundle stays: servers that have not switched yet look up in it
     again: bool = False  # write a bundle anew that is there already
+    stage: bool = False  # leave the pointer where it is
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
     """What came of it."""
 
-    already: bool  # it was the current bundle before; nothing was written
+    already: bool  # it was there before; nothing was written but what was damaged or lost
     users: int
     items: int
     deleted: int  # users of the bundle who were deleted since, and left out
     expiring: int  # keys of superseded bundles that were given their end
+    current: bool  # Redis points to it
+    mended: int = 0  # records that were damaged or lost
 
 
 class Publisher:
     """Writes one verified bundle. The client may wait, and is closed by whoever opened it."""
 
-    def __init__(self, client: "redis.Redis", bundle: Bundle, options: PublishOptions, tick: Tick) -> None:
+    def __init__(
+        self,
+        client: "redis.Redis",
+        bundle: Bundle,
+        options: PublishOptions,
+        tick: Tick,
+        keys: Keys = Keys(),  # noqa: B008 - frozen
+    ) -> None:
         self._client = client
         self._bundle = bundle
         self._options = options
         self._tick = tick
-        self._keys = BundleKeys(bundle.id)
+        self._shared, self._keys = keys, keys.bundle(bundle.id)
         self._precision = Precision.named(options.precision)
         sizes = bundle.manifest.dimensions
         self._codec = Codec(sizes.d_collab, sizes.d_model)
@@ -98,30 +115,90 @@ class Publisher:
         try:
             return self._publish()
         except RedisError as error:
-            raise PublishError(_reason(error)) from error
+            raise PublishError(reason(error)) from error
+
+    def withdraw(self) -> int:
+        """Let a bundle that was staged expire; return how many keys were given their end.
+
+        Raises:
+            PublishError: Redis refuses, does not have it, or points to it.
+        """
+        try:
+            if self._client.get(self._shared.pointer) == self._bundle.id.encode():
+                raise PublishError(f"bundle {self._bundle.id[:12]} is the current one; publish another one instead")
+            if not self._client.exists(self._keys.meta):
+                raise PublishError(f"bundle {self._bundle.id[:12]} is not there")
+            self._client.hsetnx(self._keys.meta, "expires_at", str(time.time() + self._options.keep_s))
+            return self._expire()
+        except RedisError as error:
+            raise PublishError(reason(error)) from error
 
     def _publish(self) -> Published:
+        self._clear_other_types()
         meta = {_text(key): _text(value) for key, value in self._client.hgetall(self._keys.meta).items()}
-        already = self._is_current(meta) and not self._options.again
+        current = self._client.get(self._shared.pointer) == self._bundle.id.encode()
+        whole = self._is_whole(meta, current=current) and not self._options.again
+        already = whole and (current or self._options.stage)
         tables = self._bundle.tables()
-        deleted = 0
-        if not already:
+        mended = 0
+        if whole:
+            self._precision = Precision.named(cast("PrecisionName", meta["precision"]))
+            self._count()
+            mended = self._mend(tables)
+        else:
             self._begin(tables, meta)
             self._write_items(tables)
             self._write_users(tables)
-            deleted = self._remove_deleted(tables)
+        deleted = self._remove_deleted(tables)
+        if not whole:
             self._verify(tables)
+        self._client.hset(self._keys.meta, "complete", "1")
+        if not self._options.stage and not current:
             self._switch()
-        expiring = expire_superseded(self._client, self._bundle.id, lambda done: self._tick("expiring", done, done))
-        return Published(already, len(tables.user_ids) - deleted, len(tables.item_ids), deleted, expiring)
+        current = current or not self._options.stage
+        kept = len(tables.user_ids) - deleted
+        return Published(already and not mended, kept, len(tables.item_ids), deleted, self._expire(), current, mended)
 
-    def _is_current(self, meta: dict[str, str]) -> bool:
-        pointer = self._client.get(POINTER)
-        return pointer == self._bundle.id.encode() and meta.get("complete") == "1"
+    def _clear_other_types(self) -> None:
+        """Remove what has the type of another key: no command would work on it, and nothing of it can be kept."""
+        shared = self._shared
+        types = {self._keys.meta: "hash", shared.pointer: "string", shared.bundles: "set", shared.tables: "string"}
+        for key, wanted in {**types, shared.deleted: "hash", shared.serving: "zset"}.items():
+            if _text(self._client.type(key)) not in (wanted, "none"):
+                self._client.unlink(key)
 
-    def _begin(self, tables: Tables, meta: dict[str, str]) -> None:
-        """Check the room, and start anew unless the same was begun before."""
-        told: dict[Any, Any] = {
+    def _is_whole(self, meta: dict[str, str], *, current: bool) -> bool:
+        """Return whether the bundle was published completely before, in a form that this release reads."""
+        told = self._told(self._bundle.tables())
+        same = {name: value for name, value in told.items() if name != "precision" or not current}
+        whole = meta.get("complete") == "1" and meta.get("precision") in get_args(PrecisionName)
+        return whole and "expires_at" not in meta and all(meta.get(name) == value for name, value in same.items())
+
+    def _expire(self) -> int:
+        return expire_superseded(self._client, self._shared, lambda done: self._tick("expiring", done, done))
+
+    def _mend(self, tables: Tables) -> int:
+        """Write anew what is damaged or lost of a bundle that is there; return how many records."""
+        mended = 0
+        for prefix, ids, record in (
+            (self._keys.items, tables.item_ids, self._item_record),
+            (self._keys.users, tables.user_ids, self._user_record),
+        ):
+            for first, some in _chunks(ids, self._options.batch):
+                gone = self._deleted(some) if prefix == self._keys.users else set()
+                there = self._client.mget([prefix + one for one in some])
+                with self._client.pipeline(transaction=False) as pipe:
+                    for row, (one, found) in enumerate(zip(some, there, strict=True), first):
+                        if one not in gone and found != (wanted := record(tables, row)):
+                            pipe.set(prefix + one, wanted)
+                            mended += 1
+                    pipe.execute()
+                self._tick("checking", first + len(some), len(ids))
+        return mended
+
+    def _told(self, tables: Tables) -> dict[str, str]:
+        """Return what the bundle's meta says of its records."""
+        return {
             "bundle_id": self._bundle.id,
             "version": str(RECORD_VERSION),
             "precision": self._options.precision,
@@ -130,17 +207,25 @@ class Publisher:
             "users": str(len(tables.user_ids)),
             "items": str(len(tables.item_ids)),
         }
+
+    def _begin(self, tables: Tables, meta: dict[str, str]) -> None:
+        """Check the room, and start anew unless the same was begun before."""
+        told: dict[Any, Any] = dict(self._told(tables))
         other = meta.get("bundle_id", self._bundle.id)
-        if other != self._bundle.id:
+        if other != self._bundle.id and other[:BUNDLE_DIGITS] == self._bundle.id[:BUNDLE_DIGITS]:
             raise PublishError(f"{self._keys.meta} belongs to bundle {other}, whose id begins alike; remove that first")
         resumes = all(meta.get(key) == value for key, value in told.items()) and "expires_at" not in meta
         if not resumes or (self._options.again and meta.get("finished") == "1"):
             self._check_room(tables, meta)
             self._client.hset(self._keys.meta, mapping={**told, **dict.fromkeys(_MARKERS, "0")})
         # Known before the first record is written: a deletion takes the user out of every known bundle.
-        counted_until = repr(self._bundle.manifest.counted_until)
-        self._client.eval(_COUNT, 3, self._keys.meta, BUNDLES, TABLES, self._bundle.id, counted_until)
+        self._count()
         self._client.persist(self._keys.meta)
+
+    def _count(self) -> None:
+        counted_until, shared = repr(self._bundle.manifest.counted_until), self._shared
+        keys = (self._keys.meta, shared.bundles, shared.tables, shared.applied)
+        self._client.eval(_COUNT, len(keys), *keys, self._bundle.id, counted_until, self._keys.counts)
 
     def _check_room(self, tables: Tables, meta: dict[str, str]) -> None:
         """Refuse before anything is written what cannot fit. A bundle that is rewritten has its room."""
@@ -201,7 +286,7 @@ class Publisher:
             yield first, ids[first : first + self._options.batch]
 
     def _deleted(self, user_ids: Sequence[str]) -> set[str]:
-        times = self._client.hmget(DELETED, list(user_ids)) if user_ids else []
+        times = self._client.hmget(self._shared.deleted, list(user_ids)) if user_ids else []
         return {one for one, time_ in zip(user_ids, times, strict=True) if time_ is not None}
 
     def _remove_deleted(self, tables: Tables) -> int:
@@ -235,12 +320,9 @@ class Publisher:
         return lost
 
     def _switch(self) -> None:
-        self._client.eval(
-            _SWITCH,
-            2,
-            *(POINTER, self._keys.meta),
-            *(self._bundle.id, str(time.time()), str(self._options.keep_s), str(BUNDLE_DIGITS)),
-        )
+        shared, kept = self._shared, str(self._options.keep_s)
+        told = (self._bundle.id, str(time.time()), kept, str(BUNDLE_DIGITS), shared.root)
+        self._client.eval(_SWITCH, 2, shared.pointer, self._keys.meta, *told)
 
 
 def _chunks(ids: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str]]]:
@@ -249,10 +331,10 @@ def _chunks(ids: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str]]
 
 
 def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _reason(error: RedisError) -> str:
+def reason(error: RedisError) -> str:
     """Return one line that says what to do about an error of Redis."""
     if isinstance(error, redis.ReadOnlyError):
         return "Redis is a read-only replica; publish to its primary"

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from redis.exceptions import RedisError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.bundle import BundleError
 from models.loading import Bundle
-from service.features.client import open_publisher, shown
+from service.features.client import check_url, evicting, evicts, open_publisher, shown
 from service.features.codec import PrecisionName, RecordError
-from service.features.publish import Published, Publisher, PublishError, PublishOptions
+from service.features.keys import DEFAULT_PREFIX, Keys
+from service.features.publish import Published, Publisher, PublishError, PublishOptions, reason
 
 CANNOT_PUBLISH = 2
 
@@ -28,11 +30,22 @@ def publish(
         int, typer.Option(min=0, help="Seconds that the superseded bundle stays for servers that still serve it.")
     ] = 3600,
     again: Annotated[bool, typer.Option("--again", help="Write a bundle anew that is published already.")] = False,
+    stage: Annotated[
+        bool, typer.Option("--stage", help="Write it and leave the current bundle: for a canary or a shadow.")
+    ] = False,
+    unstage: Annotated[bool, typer.Option("--unstage", help="Let a bundle expire that was staged.")] = False,
+    prefix: Annotated[
+        str, typer.Option(help="What every key begins with: the fleet's.", envvar="SELLA_REDIS_PREFIX")
+    ] = DEFAULT_PREFIX,
 ) -> None:
     """Write a bundle's users and items to Redis and make it the current one."""
     try:
+        keys = Keys(prefix)
+        check_url(redis)
         opened = Bundle.open(bundle)
         with closing(open_publisher(redis)) as client, _progress() as progress:
+            if policy := evicting(client.info("memory")):
+                typer.echo(f"sella-serve publish: warning: {evicts(policy)}", err=True)
             tasks = {}
 
             def tick(what: str, done: int, total: int) -> None:
@@ -40,12 +53,20 @@ def publish(
                     tasks[what] = progress.add_task(what)
                 progress.update(tasks[what], completed=done, total=total)
 
-            published = Publisher(client, opened, PublishOptions(precision, batch, keep_s, again), tick).publish()
+            options = PublishOptions(precision, batch, keep_s, again, stage)
+            publisher = Publisher(client, opened, options, tick, keys)
+            if unstage:
+                expiring = publisher.withdraw()
+                told = f"bundle {opened.id[:12]} leaves {shown(redis)}: {expiring} keys expire"
+            else:
+                told = _told(publisher.publish(), opened.id, shown(redis))
+    except RedisError as error:
+        _give_up(reason(error))
     except (PublishError, BundleError, RecordError, ValueError, OSError) as error:
         _give_up(str(error))
     except KeyboardInterrupt:
         _give_up("interrupted; publish again and it goes on from there")
-    typer.echo(_told(published, opened.id, shown(redis)))
+    typer.echo(told)
 
 
 def _progress() -> Progress:
@@ -54,14 +75,16 @@ def _progress() -> Progress:
 
 
 def _told(published: Published, bundle_id: str, where: str) -> str:
+    place = "current" if published.current else "staged"
     if published.already:
-        begun = f"bundle {bundle_id[:12]} is published on {where} already; --again writes it anew"
+        begun = f"bundle {bundle_id[:12]} is {place} on {where} already, and whole; --again writes it anew"
     else:
         begun = (
-            f"bundle {bundle_id[:12]} is current on {where}: {published.users} users, {published.items} items,"
+            f"bundle {bundle_id[:12]} is {place} on {where}: {published.users} users, {published.items} items,"
             f" {published.deleted} deleted users left out"
         )
-    return begun + (f"; {published.expiring} superseded keys expire" if published.expiring else "")
+    mended = f"; {published.mended} records were damaged or lost and are written anew" if published.mended else ""
+    return begun + mended + (f"; {published.expiring} superseded keys expire" if published.expiring else "")
 
 
 def _give_up(message: str) -> NoReturn:

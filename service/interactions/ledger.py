@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 from models.features import MAX_OUTCOMES
 from models.fusion import Counts
 from service.interactions.counts import NEGATIVE, PENDING, POSITIVE, Change, Forgotten, LogChange, Standing
+from service.interactions.epochs import Position, begin_epoch, read_epochs
 from service.interactions.event import EntryKind, Interaction, LogEntry
 from service.interactions.live import MAX_LIKES, KnownOutcome, Like, LiveUser, impression_name
-from service.interactions.shared import Impression
 
 Verdict = Literal["accepted", "duplicate", "forgotten"]
 CountOf = Literal["user", "item"]
@@ -52,7 +52,7 @@ class Ledger:
     """One open log, used by one thread. `changes` are the changes since the caller last emptied the list."""
 
     def __init__(self, connection: sqlite3.Connection, attribution_s: float) -> None:
-        self._db = connection
+        self._db = self.connection = connection
         self._attribution_s = attribution_s
         self.changes: list[LogChange] = []
         self.log_id = str(self._value("SELECT value FROM meta WHERE key = 'log_id'"))
@@ -147,6 +147,14 @@ class Ledger:
         """Return the last seq ever given; 0 for none."""
         return int(self._value("SELECT seq FROM sqlite_sequence WHERE name = 'entries'") or 0)
 
+    def position(self) -> Position:
+        """Return which log this is, the last seq ever given, and the log's epochs."""
+        return Position(self.log_id, self.last_seq(), read_epochs(self._db, self.log_id))
+
+    def begin_epoch(self) -> None:
+        """Begin an epoch: the file may be a backup, whose next entries are not those that followed before."""
+        begin_epoch(self._db, self.log_id, self.last_seq())
+
     def last_received(self) -> float:
         """Return when the newest entry was received; 0 for none."""
         return float(self._value("SELECT received FROM entries ORDER BY seq DESC LIMIT 1") or 0.0)
@@ -159,6 +167,11 @@ class Ledger:
         """Return when each deleted user was deleted."""
         return dict(self._db.execute("SELECT user_id, deleted_at FROM deletions"))
 
+    def deleted_at(self, user_id: str) -> float | None:
+        """Return when a user was deleted."""
+        when: float | None = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", user_id)
+        return when
+
     def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
         """Return likes, outcomes and deletion of each user; users with none of them are left out."""
         found = {}
@@ -170,7 +183,7 @@ class Ledger:
                     (user_id,),
                 )
             )
-            deleted_at = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", user_id)
+            deleted_at = self.deleted_at(user_id)
             outcomes = self._outcomes(user_id)
             if likes or outcomes or deleted_at is not None:
                 found[user_id] = LiveUser(likes, deleted_at, outcomes)
@@ -212,15 +225,6 @@ class Ledger:
             return {one: Counts(impressions, positives) for one, impressions, positives in rows}
 
         return grouped("user_id"), grouped("item_id")
-
-    def known_impressions(self, since: float, after: str, limit: int) -> list[Impression]:
-        """Return impressions with a known outcome, shown after `since`, whose id is greater than `after`, by id."""
-        rows = self._db.execute(
-            "SELECT impression_id, user_id, item_id FROM impressions"
-            f" WHERE impression_id > ? AND state > {PENDING} AND shown > ? ORDER BY impression_id LIMIT ?",
-            (after, since, limit),
-        )
-        return [Impression(*row) for row in rows]
 
     def _judge(self, index: int, one: Interaction) -> Verdict:
         deleted_at = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", one.user_id)

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from models.fusion import Counts
+from service.interactions import replayed
 from service.interactions.clock import Clock
 from service.interactions.counts import LiveCounts, LogChange
 from service.interactions.database import LogFileError, open_to_read
+from service.interactions.epochs import Position
 from service.interactions.event import Interaction, LogEntry
 from service.interactions.ledger import CountOf, EventConflictError, Ledger, Resolved, Taken
 from service.interactions.live import USERS_AT_ONCE, LiveUser
-from service.interactions.shared import Impression
+from service.interactions.shared import Impression, KnownBefore
 from service.interactions.writer import LogHealth, LogUnavailableError, Writer
 from service.metrics.interactions import InteractionMetrics
 
@@ -26,6 +28,7 @@ __all__ = ["EventConflictError", "EventLog", "LogLimits", "LogUnavailableError",
 T = TypeVar("T")
 
 DISK_S = 10.0  # a disk that takes longer counts as gone; the client sends the same ids again
+LASTING = 0.9  # of the retention: what is younger cannot have ended elsewhere by a clock's difference
 AT_ONCE = 500  # expiries or prunings of one commit, so that interactions do not wait behind them
 
 
@@ -35,14 +38,6 @@ class LogLimits:
 
     attribution_s: float
     retention_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Which log this is, and the last seq that it has given."""
-
-    log_id: str
-    seq: int
 
 
 class EventLog:
@@ -124,14 +119,17 @@ class EventLog:
         Raises:
             LogUnavailableError: the log cannot be written now.
         """
-        known = self._read(lambda ledger: ledger.deletions())
-        asked = [(user, when) for user, when in deletions if known.get(user, float("-inf")) < when]
+
+        def unknown(ledger: Ledger, some: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+            told = [(user, when, ledger.deleted_at(user)) for user, when in some]
+            return [(user, when) for user, when, known in told if known is None or known < when]
+
+        asked = await self._apart(lambda ledger: unknown(ledger, deletions))
 
         def work(ledger: Ledger) -> dict[str, float]:
-            known = ledger.deletions()
             news = {}
             for user_id, when in asked:
-                if known.get(user_id, float("-inf")) < when:
+                if unknown(ledger, [(user_id, when)]):
                     news[user_id] = max(when, ledger.newest_timestamp(user_id, received_by=when) or when)
                     ledger.delete(user_id, news[user_id], self._clock.steady())
             return news
@@ -180,7 +178,15 @@ class EventLog:
         Raises:
             LogUnavailableError: the log cannot be read now.
         """
-        return self._read(lambda ledger: Position(ledger.log_id, ledger.last_seq()))
+        return self._read(lambda ledger: ledger.position())
+
+    async def begin_epoch(self) -> None:
+        """Begin an epoch: somebody knows of entries behind the last one, of a log that this one is a backup of.
+
+        Raises:
+            LogUnavailableError: the log cannot be written now.
+        """
+        await self._write(lambda ledger: ledger.begin_epoch())
 
     def counts(self, of: CountOf, ids: Iterable[str]) -> dict[str, Counts]:
         """Return impressions with a known outcome and positives, of users or items.
@@ -190,18 +196,44 @@ class EventLog:
         """
         return self._read(lambda ledger: ledger.counts(of, ids))
 
-    async def known_impressions(self, since: float, after: str, limit: int) -> list[Impression]:
-        """Return impressions with a known outcome, shown after `since`, whose id is greater than `after`, by id.
+    async def known_before(self, entries: Sequence[LogEntry]) -> dict[int, KnownBefore]:
+        """Return by seq what the log knew before entries that come after the attribution window of their impression.
 
         Raises:
             LogUnavailableError: the log cannot be read now.
         """
-        try:
-            return await asyncio.to_thread(
-                self._read_apart, lambda ledger: ledger.known_impressions(since, after, limit)
-            )
-        except (sqlite3.Error, LogFileError) as error:
-            raise LogUnavailableError(f"{self._path}: {error}") from error
+        some = self._read(lambda ledger: replayed.late(ledger.connection, entries, self._clock.steady()))
+        if not some:
+            return {}
+        return await self._apart(lambda ledger: replayed.known_before(ledger.connection, some))
+
+    async def known_impressions(self, since: float, after: str, limit: int, until_seq: int) -> list[Impression]:
+        """Return impressions with a known outcome, by id: shown after `since`, first told of at `until_seq` at the
+        latest, with an id greater than `after`.
+
+        Raises:
+            LogUnavailableError: the log cannot be read now.
+        """
+        return await self._apart(
+            lambda ledger: replayed.known_impressions(ledger.connection, since, after, limit, until_seq)
+        )
+
+    async def users_with_likes(self, after: str, limit: int) -> list[str]:
+        """Return users with likes that are not near the end of their retention, by id, behind `after`.
+
+        Raises:
+            LogUnavailableError: the log cannot be read now.
+        """
+        received = self._clock.steady() - LASTING * self._limits.retention_s
+        return await self._apart(lambda ledger: replayed.users_with_likes(ledger.connection, received, after, limit))
+
+    async def deletions(self, after: str, limit: int) -> list[tuple[str, float]]:
+        """Return deleted users and when, by id, behind `after`.
+
+        Raises:
+            LogUnavailableError: the log cannot be read now.
+        """
+        return await self._apart(lambda ledger: replayed.deletions(ledger.connection, after, limit))
 
     async def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
         """Return likes, outcomes and deletions of users.
@@ -282,6 +314,14 @@ class EventLog:
             return work(ledger)
         finally:
             connection.close()
+
+    async def _apart(self, work: Callable[[Ledger], T]) -> T:
+        if not self._ever_opened:
+            raise LogUnavailableError(self._writer.health.detail)
+        try:
+            return await asyncio.to_thread(self._read_apart, work)
+        except (sqlite3.Error, LogFileError) as error:
+            raise LogUnavailableError(f"{self._path}: {error}") from error
 
     def _read(self, work: Callable[[Ledger], T]) -> T:
         if not self._ever_opened:

@@ -1,246 +1,79 @@
 """Interactions that several servers share, in Redis: likes, outcomes, counts and deletions.
 
-Every step says what shall be, not what shall be added, so that what comes twice, late or from another server changes
-nothing. The rules are those of each server's own log: an impression has one like, its earliest positive event.
+The rules are those of each server's own log: an impression has one like, its earliest positive event. Likes, outcomes
+and deletions say what shall be, so what comes twice, late or from another server changes nothing of them. Counts are
+sums, so that each entry of a log must be applied once: its epoch's place moves with it, in one step.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from models.features import MAX_OUTCOMES
-from service.features.keys import (
-    APPLIED,
-    BUNDLE_DIGITS,
-    BUNDLES,
-    DELETED,
-    IMPRESSION,
-    LIKES,
-    OUTCOMES,
-    BundleKeys,
-)
+from service.features.keys import BUNDLE_DIGITS, Keys
 from service.features.redis import counts_told
-from service.interactions.counts import Counted
+from service.interactions.counts import NEGATIVE, PENDING, POSITIVE, Counted
 from service.interactions.event import LogEntry
 from service.interactions.live import MAX_LIKES, NAME_DIGITS
-from service.interactions.shared import CountTable, Impression, SharedStoreError
+from service.interactions.scripts import APPLY, FILL, FORGET, INDEX, LOST, UNFILLED
+from service.interactions.shared import CountTable, Deletions, Impression, KnownBefore, SharedStoreError
 
-# The beginning of all three scripts. KEYS[2], KEYS[3]: deletions, bundles. ARGV: log id, seconds to keep keys, digits
-# of a bundle id in a key, prefix of impressions.
-#
-# An impression's value holds its state (p, n or y) and the time of the latest entry about it, the time when it was
-# shown, the numbers of the tables that have counted it, and after a space the time and event of its like, if any. So
-# the value says which tables have counted the impression, and nothing counts twice, however often servers send it.
-_IMPRESSIONS = """
-local retention, digits, impressions = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
-local bundles, tables = {}, {}
-for _, bundle in ipairs(redis.call('SMEMBERS', KEYS[3])) do
-  local prefix = 'sella:' .. string.sub(bundle, 1, digits) .. ':'
-  bundles[#bundles + 1] = prefix
-  local told = redis.call('HMGET', prefix .. 'meta', 'counts', 'counted_until', 'expires_at')
-  if told[1] then
-    tables[#tables + 1] = {
-      prefix = prefix .. 'n:' .. told[1], number = told[1], since = tonumber(told[2]),
-      ends = told[3] and math.floor(tonumber(told[3])) + 1
-    }
-  end
-end
-
-local function add(counts, of, id, seen, positive)
-  if seen == 0 and positive == 0 then return end
-  local key = counts.prefix .. of .. id
-  if seen ~= 0 then redis.call('HINCRBY', key, 'impressions', seen) end
-  if positive ~= 0 then redis.call('HINCRBY', key, 'positives', positive) end
-  if counts.ends then redis.call('EXPIREAT', key, counts.ends) else redis.call('EXPIRE', key, retention) end
-end
-
-local function read(key)
-  local told = redis.call('GET', key)
-  if not told then return nil end
-  local state, latest, shown, numbers, liked = string.match(told, '^(%a)([^,]*),([^,]*),([^ ]*) (.*)$')
-  local counted = {}
-  for number in string.gmatch(numbers, '[^.]+') do counted[number] = true end
-  return {state = state, latest = latest, shown = shown, counted = counted, like = liked}
-end
-
-local function write(key, one, ...)
-  local numbers = {}
-  for _, counts in ipairs(tables) do
-    if one.counted[counts.number] then numbers[#numbers + 1] = counts.number end
-  end
-  local value = one.state .. one.latest .. ',' .. one.shown .. ',' .. table.concat(numbers, '.') .. ' ' .. one.like
-  redis.call('SET', key, value, ...)
-end
-
-local function before_deletion(user, moment)
-  local deleted = redis.call('HGET', KEYS[2], user)
-  return deleted and tonumber(moment) <= tonumber(deleted)
-end
-"""
-
-# KEYS: applied, deletions, bundles. ARGV from the fifth on: last seq, likes kept, prefix of likes, outcomes kept,
-# prefix of outcomes, digits of an impression's name, the last seq that must be applied already (empty: any), then seven
-# an entry: kind, event, user, item, label (empty, 0 or 1), time, impression.
-#
-# A member of a user's outcomes is the impression's name, its state (n or y) and the item.
-_APPLY = (
-    _IMPRESSIONS
-    + """
-local kept, likes = tonumber(ARGV[6]), ARGV[7]
-local outcomes_kept, outcomes, name_digits = tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
-
-local function forget(user, moment)
-  local before = redis.call('HGET', KEYS[2], user)
-  if before and tonumber(before) >= tonumber(moment) then return end
-  redis.call('HSET', KEYS[2], user, moment)
-  redis.call('ZREMRANGEBYSCORE', likes .. user, '-inf', moment)
-  redis.call('ZREMRANGEBYSCORE', outcomes .. user, '-inf', moment)
-  for _, prefix in ipairs(bundles) do redis.call('DEL', prefix .. 'u:' .. user) end
-  for _, counts in ipairs(tables) do redis.call('DEL', counts.prefix .. ':u:' .. user) end
-end
-
-local function like(user, item, event, moment, old)
-  local key = likes .. user
-  if old ~= '' then
-    local split = string.find(old, ' ', 1, true)
-    local time, name = tonumber(string.sub(old, 1, split - 1)), string.sub(old, split + 1)
-    if time < tonumber(moment) or (time == tonumber(moment) and name <= event) then return old end
-    redis.call('ZREM', key, name .. '\\0' .. item)
-  end
-  redis.call('ZADD', key, moment, event .. '\\0' .. item)
-  redis.call('ZREMRANGEBYRANK', key, 0, -1 - kept)
-  redis.call('EXPIRE', key, retention)
-  return moment .. ' ' .. event
-end
-
-local function outcome(user, item, one, name)
-  if one.state == 'p' or before_deletion(user, one.shown) then return end
-  local key = outcomes .. user
-  if one.state == 'y' then redis.call('ZREM', key, name .. 'n' .. item) end
-  redis.call('ZADD', key, one.shown, name .. one.state .. item)
-  redis.call('ZREMRANGEBYRANK', key, 0, -1 - outcomes_kept)
-  redis.call('EXPIRE', key, retention)
-end
-
-local function count(user, item, one, was, anew)
-  for _, counts in ipairs(tables) do
-    local before = one.counted[counts.number] and 1 or 0
-    local after = (one.state ~= 'p' and tonumber(one.shown) > counts.since) and 1 or 0
-    local liked_before = (was == 'y') and before or 0
-    local liked = (one.state == 'y') and after or 0
-    if anew then
-      add(counts, ':u:', user, after, liked)
-    else
-      add(counts, ':u:', user, after - before, liked - liked_before)
-      add(counts, ':i:', item, after - before, liked - liked_before)
-    end
-    one.counted[counts.number] = after == 1
-  end
-end
-
-local function advance(kind, event, user, item, label, moment, impression)
-  if before_deletion(user, moment) then return end
-  local hash = redis.sha1hex(impression)
-  local key = impressions .. hash
-  local one = read(key) or {state = 'p', latest = moment, shown = moment, counted = {}, like = ''}
-  local was, anew = one.state, false
-  if before_deletion(user, one.latest) then
-    -- All entries were before the deletion: the impression is new for the user; the item keeps its counts.
-    anew = one.state ~= 'p'
-    one.state, one.latest, one.shown, one.like = 'p', moment, moment, ''
-  end
-  if tonumber(moment) > tonumber(one.latest) then one.latest = moment end
-  if tonumber(moment) < tonumber(one.shown) then one.shown = moment end
-  if label == '1' then one.state = 'y'
-  elseif (label == '0' or kind == 'expiry') and one.state == 'p' then one.state = 'n' end
-  if label == '1' then one.like = like(user, item, event, moment, one.like) end
-  outcome(user, item, one, string.sub(hash, 1, name_digits))
-  count(user, item, one, was, anew)
-  write(key, one, 'EX', retention)
-end
-
-if ARGV[11] ~= '' and (redis.call('HGET', KEYS[1], ARGV[1]) or '0') ~= ARGV[11] then
-  return redis.error_reply('ELSEWHERE the log has been applied to another place since')
-end
-for place = 12, #ARGV, 7 do
-  local kind = ARGV[place]
-  if kind == 'deletion' then forget(ARGV[place + 2], ARGV[place + 5])
-  else advance(kind, unpack(ARGV, place + 1, place + 6)) end
-end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[5])
-"""
-)
-
-# Counts for one table the impressions that were applied before the table began. ARGV from the fifth on: the table's
-# number, 1 if this is the last part of the log, then three for each impression: user, item, impression.
-_FILL = (
-    _IMPRESSIONS
-    + """
-for _, counts in ipairs(tables) do
-  if counts.number == ARGV[5] then
-    for place = 7, #ARGV, 3 do
-      local user, item, key = ARGV[place], ARGV[place + 1], impressions .. redis.sha1hex(ARGV[place + 2])
-      local one = read(key)
-      if one and one.state ~= 'p' and not one.counted[counts.number] and tonumber(one.shown) > counts.since
-        and not before_deletion(user, one.latest) then
-        local liked = (one.state == 'y') and 1 or 0
-        add(counts, ':u:', user, 1, liked)
-        add(counts, ':i:', item, 1, liked)
-        one.counted[counts.number] = true
-        write(key, one, 'KEEPTTL')
-      end
-    end
-    if ARGV[6] == '1' and not counts.ends then redis.call('HSET', counts.prefix .. ':filled', ARGV[1], 1) end
-  end
-end
-"""
-)
-
-# Returns the tables that lack this log's earlier entries: the number, and the end of the bundle's own counts.
-_UNFILLED = (
-    _IMPRESSIONS
-    + """
-local found = {}
-for _, counts in ipairs(tables) do
-  if not counts.ends and redis.call('HEXISTS', counts.prefix .. ':filled', ARGV[1]) == 0 then
-    found[#found + 1] = counts.number
-    found[#found + 1] = tostring(counts.since)
-  end
-end
-return found
-"""
-)
-
-
-_KEYS = (APPLIED, DELETED, BUNDLES)
+_STATES = {PENDING: "p", NEGATIVE: "n", POSITIVE: "y"}
+_CHUNK = 1000  # tombstones of one step
 
 
 class RedisInteractions:
     """`SharedInteractions` in Redis. The client is the process's.
 
-    Likes, outcomes, counts and the states of impressions are kept `retention_s` after the last change; the log's own
-    retention, so that nothing that is replayed can be counted a second time. Deletions are kept for good.
+    Likes, outcomes and counts are kept `retention_s` after the last change, as long as the log keeps entries. The state
+    of an impression is kept `impression_s` after its last change: until its outcome was due, and while other servers
+    may tell of it. Deletions are kept for good.
     """
 
-    def __init__(self, client: Redis, retention_s: float) -> None:
+    def __init__(
+        self,
+        client: Redis,
+        retention_s: float,
+        impression_s: float | None = None,
+        keys: Keys = Keys(),  # noqa: B008 - frozen
+    ) -> None:
         self._client = client
         self._retention_s = max(1, round(retention_s))
-        self._apply, self._fill, self._unfilled = map(client.register_script, (_APPLY, _FILL, _UNFILLED))
+        self._impression_s = self._retention_s if impression_s is None else max(1, round(impression_s))
+        self._keys = keys
+        self._scan = 0  # where indexing the deletions of earlier versions stands
+        scripts = (APPLY, FILL, UNFILLED, FORGET, INDEX, LOST)
+        self._apply, self._fill, self._unfilled, self._forget, self._index, self._lost = map(
+            client.register_script, scripts
+        )
 
-    async def applied(self, log_id: str) -> int:
-        """Return the `seq` of the last entry of a log that was applied; 0 for none.
+    async def applied(self, epochs: Sequence[str]) -> list[int]:
+        """Return for each epoch the `seq` of the last entry that was applied; 0 for none.
 
         Raises:
             SharedStoreError: Redis does not answer.
         """
         try:
-            return int(await _value(self._client.hget(APPLIED, log_id)) or 0)
-        except (RedisError, OSError, ValueError) as error:
+            told = await self._mended(lambda: self._client.hmget(self._keys.applied, list(epochs)))
+            return [int(one or 0) for one in told]
+        except ValueError:  # damaged: how far the log was applied is lost
+            await self.begin_again()
+            return [0] * len(epochs)
+        except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not tell what it has of the log: {error}") from error
 
-    async def apply(self, log_id: str, entries: Sequence[LogEntry], after: int | None = None) -> None:
+    async def apply(
+        self,
+        epoch: str,
+        entries: Sequence[LogEntry],
+        after: int | None = None,
+        *,
+        log_id: str = "",
+        known: Mapping[int, KnownBefore] | None = None,
+        anew: bool = False,
+    ) -> None:
         """Apply entries in one script, which runs whole or not at all.
 
         Raises:
@@ -248,38 +81,67 @@ class RedisInteractions:
         """
         if not entries:
             return
-        kept = (MAX_LIKES, LIKES, MAX_OUTCOMES, OUTCOMES, NAME_DIGITS)
-        told = (entries[-1].seq, *kept, "" if after is None else after)
-        arguments = [part for entry in entries for part in _fields(entry)]
+        told = (epoch, entries[-1].seq, "" if after is None else after, int(anew))
+        arguments = [part for entry in entries for part in _fields(entry, (known or {}).get(entry.seq))]
         try:
-            await self._apply(_KEYS, [*self._common(log_id), *told, *arguments])
+            await self._apply(self._shared_keys, [*self._common(log_id or epoch), *told, *arguments])
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not take interactions: {error}") from error
 
-    async def deletions(self) -> Mapping[str, float]:
-        """Return when each deleted user was deleted, UTC seconds.
+    async def deletions(self, mark: float, limit: int = _CHUNK) -> Deletions:
+        """Return deletions that Redis has heard of behind a mark, with the time of each, UTC seconds.
 
         Raises:
             SharedStoreError: Redis does not answer.
         """
         try:
-            told = await _value(self._client.hgetall(DELETED))
-            return {user_id.decode(): float(moment) for user_id, moment in told.items()}
+            await self._mended(self._index_deletions)
+            found = await _value(
+                self._client.zrangebyscore(
+                    self._keys.deletions, f"({mark!r}", "+inf", start=0, num=limit, withscores=True
+                )
+            )
+            times = await _value(self._client.hmget(self._keys.deleted, [user for user, _ in found])) if found else []
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not tell who was deleted: {error}") from error
-        except ValueError as error:  # the message may quote a user's id
-            raise SharedStoreError(f"Redis does not tell who was deleted: {DELETED} holds no times") from error
+        users = [
+            (user.decode(), when)
+            for (user, _), told in zip(found, times, strict=True)
+            if (when := _time(told)) is not None
+        ]
+        return Deletions(users, float(found[-1][1]) if found else mark, len(found) == limit)
 
-    async def unfilled(self, log_id: str) -> tuple[CountTable, ...]:
+    async def _index_deletions(self) -> None:
+        """Number the deletions that are not numbered: an earlier version, which may still run beside, has none."""
+        keys = self._keys
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.hlen(keys.deleted)
+            pipe.zcard(keys.deletions)
+            told, numbered = await pipe.execute()
+        while told > numbered:
+            self._scan, some = await _value(self._client.hscan(keys.deleted, self._scan, count=_CHUNK))
+            if some:
+                await self._index([keys.deletions], list(some))
+            if self._scan == 0:
+                return
+
+    async def unfilled(self, log_id: str, epochs: Sequence[str] = ()) -> tuple[CountTable, ...]:
         """Return the tables of counts that lack the entries of a log that were applied before the tables began.
 
         Raises:
             SharedStoreError: Redis does not answer.
         """
         try:
-            told = await self._unfilled(_KEYS, self._common(log_id))
-            rows = zip(told[::2], told[1::2], strict=True)
-            return tuple(CountTable(number.decode(), float(since)) for number, since in rows)
+            told = await self._unfilled(self._shared_keys, [*self._common(log_id), *epochs])
+            return tuple(
+                CountTable(
+                    number.decode(),
+                    float(since),
+                    tuple(int(one or 0) for one in begun) or None,
+                    after.decode(),
+                )
+                for number, since, after, begun in told
+            )
         except (RedisError, OSError, ValueError) as error:
             raise SharedStoreError(f"Redis does not tell which counts it lacks: {error}") from error
 
@@ -287,13 +149,58 @@ class RedisInteractions:
         """Count impressions in a table that has not counted them; `last` marks the last part of the log.
 
         Raises:
-            SharedStoreError: Redis does not answer, or refuses.
+            SharedStoreError: Redis does not answer, or refuses, or was told of these impressions before.
         """
-        arguments = [part for one in impressions for part in (one.user_id, one.item_id, one.impression_id)]
+        arguments = [
+            part
+            for one in impressions
+            for part in (one.user_id, one.item_id, one.impression_id, "y" if one.positive else "n", _number(one.shown))
+        ]
+        told = (table.number, table.after, int(last))
         try:
-            await self._fill(_KEYS, [*self._common(log_id), table.number, int(last), *arguments])
+            await self._fill(self._shared_keys, [*self._common(log_id), *told, *arguments])
         except (RedisError, OSError) as error:
             raise SharedStoreError(f"Redis does not take counts: {error}") from error
+
+    async def lost(self, users: Sequence[str], deletions: Sequence[tuple[str, float]]) -> tuple[str, ...]:
+        """Return in words what Redis has lost; tombstones that it lacks are put back.
+
+        Raises:
+            SharedStoreError: Redis does not answer.
+        """
+        try:
+            if deletions:
+                known = await _value(self._client.hmget(self._keys.deleted, [user for user, _ in deletions]))
+                gone = [
+                    part
+                    for (user, when), told in zip(deletions, known, strict=True)
+                    if (_time(told) or float("-inf")) < when
+                    for part in (user, _number(when))
+                ]
+                if gone:
+                    await self._forget(self._shared_keys, [*self._common(""), *gone])
+            stats = await self._client.info("stats")
+            server = await self._client.info("server")
+            told = await self._lost(
+                [self._keys.evicted, self._keys.deleted],
+                [server["run_id"], int(stats["evicted_keys"]), self._keys.likes, *users],
+            )
+        except (RedisError, OSError, KeyError) as error:
+            raise SharedStoreError(f"Redis does not tell what it has lost: {error}") from error
+        evicted, likes = int(told[0]), int(told[1])
+        found = [f"{evicted} keys were evicted"] if evicted else []
+        return (*found, *([f"the likes of {likes} of {len(users)} users are gone"] if likes else []))
+
+    async def begin_again(self) -> None:
+        """Forget how far each log was applied: the first entry that is applied then begins new tables of counts.
+
+        Raises:
+            SharedStoreError: Redis does not answer.
+        """
+        try:
+            await _value(self._client.delete(self._keys.applied))
+        except (RedisError, OSError) as error:
+            raise SharedStoreError(f"Redis does not forget what it has of the logs: {error}") from error
 
     async def counts(self, bundle_id: str, user_ids: Iterable[str], item_ids: Iterable[str]) -> Counted:
         """Return the servers' shared live counts of users and items, since the end of a published bundle's own counts.
@@ -301,7 +208,7 @@ class RedisInteractions:
         Raises:
             SharedStoreError: Redis does not answer.
         """
-        users, items, keys = list(user_ids), list(item_ids), BundleKeys(bundle_id)
+        users, items, keys = list(user_ids), list(item_ids), self._keys.bundle(bundle_id)
         try:
             table = keys.counts + (await _value(self._client.hget(keys.meta, "counts")) or b"").decode()
             async with self._client.pipeline(transaction=False) as pipe:
@@ -312,14 +219,48 @@ class RedisInteractions:
             raise SharedStoreError(f"Redis does not tell counts: {error}") from error
         return Counted(True, counts_told(users, told[: len(users)]), counts_told(items, told[len(users) :]))
 
-    def _common(self, log_id: str) -> tuple[str, int, int, str]:
-        return log_id, self._retention_s, BUNDLE_DIGITS, IMPRESSION
+    async def _mended(self, ask: Callable[[], Any]) -> Any:
+        """Return a reply; a key of another type is damaged: it is removed, and comes again from the logs."""
+        try:
+            return await ask()
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+        keys = self._keys
+        for key, wanted in ((keys.applied, b"hash"), (keys.deleted, b"hash"), (keys.deletions, b"zset")):
+            if await self._client.type(key) != wanted:
+                await _value(self._client.delete(key))
+        return await ask()
+
+    @property
+    def _shared_keys(self) -> tuple[str, ...]:
+        return self._keys.applied, self._keys.deleted, self._keys.bundles, self._keys.deletions, self._keys.tables
+
+    def _common(self, log_id: str) -> tuple[str | int, ...]:
+        keys, kept = self._keys, (self._retention_s, self._impression_s, MAX_LIKES, MAX_OUTCOMES)
+        return log_id, *kept, BUNDLE_DIGITS, NAME_DIGITS, keys.root, keys.impression, keys.likes, keys.outcomes
 
 
-def _fields(entry: LogEntry) -> tuple[str, ...]:
+def _fields(entry: LogEntry, known: KnownBefore | None) -> tuple[str, ...]:
     one = entry.interaction
     label = "" if one.label is None else str(int(one.label))
-    return entry.kind, one.event_id, one.user_id, one.item_id, label, repr(float(one.timestamp)), one.impression_id
+    before, shown, like = "", "", ""
+    if known is not None:
+        before, shown = _STATES[known.state], _number(known.shown)
+        like = "" if known.like is None else f"{_number(known.like[0])} {known.like[1]}"
+    told = (entry.kind, one.event_id, one.user_id, one.item_id, label, _number(one.timestamp), one.impression_id)
+    return *told, before, shown, like
+
+
+def _number(value: float) -> str:
+    return repr(float(value))
+
+
+def _time(told: bytes | None) -> float | None:
+    try:
+        return None if told is None else float(told)
+    except ValueError:  # damaged: it costs itself alone, and the log that has it puts it back
+        return None
 
 
 async def _value(reply: Any) -> Any:

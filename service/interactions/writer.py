@@ -66,6 +66,7 @@ class Writer:
         self._connection: sqlite3.Connection | None = None
         self._ledger: Ledger | None = None
         self._file = (0, 0)  # device and inode of the file that is open
+        self._epoch_begun = False
         self._tried = float("-inf")
         self._remnants = False  # bytes of deleted rows may still be in the files
         self._erase_at = float("-inf")
@@ -136,6 +137,8 @@ class Writer:
         run = self._connection.execute
         ledger.changes.clear()
         run("BEGIN IMMEDIATE")
+        if not self._epoch_begun:
+            ledger.begin_epoch()
         outcomes: list[Any] = []
         for job in jobs:
             run("SAVEPOINT job")
@@ -150,6 +153,7 @@ class Writer:
                 outcomes.append(error)
             run("RELEASE job")
         run("COMMIT")
+        self._epoch_begun = True
         self._on_commit(ledger.changes)
         self._remnants = self._remnants or any(job.erases for job in jobs)
         self.health = LogHealth(True, f"{self._path}: {ledger.entries()} entries")
@@ -213,7 +217,7 @@ class Writer:
         opened = self._path.stat()
         self._file = opened.st_dev, opened.st_ino
         self._ledger = Ledger(self._connection, self._attribution_s)
-        self._remnants = self._ledger.remnants()
+        self._remnants, self._epoch_begun = self._ledger.remnants(), False
         self._on_open(self._ledger)
         return self._ledger
 

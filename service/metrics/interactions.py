@@ -28,6 +28,9 @@ class InteractionMetrics:
         self._lag = Gauge(
             "sella_replay_lag_entries", "Entries of the log that the shared store has not applied.", registry=registry
         )
+        self._lost = Counter(
+            "sella_replay_lost_total", "Times that the shared store was found to have lost data.", registry=registry
+        )
         self._deleted = Counter("sella_users_deleted_total", "Deletions of users asked for here.", registry=registry)
         self._live = Counter(
             "sella_live_histories_total", "Histories scored with likes beyond the bundle's.", registry=registry
@@ -62,6 +65,10 @@ class InteractionMetrics:
     def lag(self, entries: int) -> None:
         """Record how many entries the shared store has not applied."""
         self._lag.set(entries)
+
+    def lost(self) -> None:
+        """Count that the shared store has lost data."""
+        self._lost.inc()
 
     def deleted(self) -> None:
         """Count a user's deletion."""

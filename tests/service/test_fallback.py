@@ -3,17 +3,19 @@ from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from models.loading import Bundle
 from service.features.client import open_client
 from service.features.fallback import FAILURES, FallbackStore
-from service.features.keys import DELETED, BundleKeys
+from service.features.keys import BundleKeys, Keys
 from service.features.protocol import Query
 from service.metrics.registry import Metrics
 from tests.redis_server import RedisServer, redis_server
-from tests.service.published import fallback_store, publish
+from tests.service.published import fallback_store, publish, redis_store
 from tests.service.test_redis_store import assert_same, everything
 
+KEYS = Keys()
 pytestmark = pytest.mark.anyio
 
 
@@ -50,17 +52,29 @@ async def test_redis_answers_while_it_can(
     assert value(metrics, "sella_store_up") == 1
 
 
-async def test_a_redis_without_the_bundle_is_left_alone_until_it_is_published(
+async def test_a_bundle_that_is_not_published_has_its_tables_and_what_is_live_and_no_alarm(
     redis: RedisServer, store: FallbackStore, bundle: Bundle, metrics: Metrics
 ) -> None:
-    assert_same(await store.look_up(bundle.id, everything(bundle)), bundle, everything(bundle))
-    assert (await store.health()).ready and "does not hold" in (await store.health()).detail
-    assert value(metrics, "sella_store_fallbacks_total", reason="bundle_missing") == 1
-    assert value(metrics, "sella_store_up") == 0
+    with redis.client() as client:
+        client.zadd(KEYS.likes + "u1", {"e\0i31": 1_800_000_000.0})
+        client.hset(KEYS.deleted, "u2", "1800000001")
+    query = everything(bundle)
+    found = await store.look_up(bundle.id, query)
+    assert found.users.keys() == query.user_ids - {"nobody", "u2"} and found.items.keys() == query.item_ids - {
+        "nothing"
+    }
+    assert [one.item_id for one in found.live["u1"].likes] == ["i31"] and found.history_item("i31") is not None
+    await until(store, "does not hold")
+    assert (await store.health()).ready and (await store.health()).detail.startswith("embedded tables, because")
+    assert value(metrics, "sella_store_up") == 1
+    assert value(metrics, "sella_store_published", bundle_id=bundle.id) == 0
+    assert not any(value(metrics, "sella_store_fallbacks_total", reason=one) for one in ("timeout", "down", "error"))
+    assert value(metrics, "sella_store_filled_total", kind="item") == 0
     publish(redis, bundle)
     await until(store, "redis: 20 users")
-    await store.look_up(bundle.id, everything(bundle))
-    assert value(metrics, "sella_store_lookup_seconds_count", source="redis") == 1
+    await store.look_up(bundle.id, query)
+    assert value(metrics, "sella_store_published", bundle_id=bundle.id) == 1
+    assert value(metrics, "sella_store_lookup_seconds_count", source="embedded") == 0
 
 
 async def test_what_was_evicted_comes_from_the_tables_and_who_was_deleted_does_not(
@@ -72,7 +86,7 @@ async def test_what_was_evicted_comes_from_the_tables_and_who_was_deleted_does_n
     with redis.client() as client:
         client.delete(keys.items + "i3", keys.users + "u1", *(keys.items + one for one in stored.history))
         client.delete(keys.users + "u2")
-        client.hset(DELETED, "u2", "1800000000.0")
+        client.hset(KEYS.deleted, "u2", "1800000000.0")
     users = frozenset({"u1", "u2", "u3"})
     found = await store.look_up(bundle.id, Query(users, frozenset({"i3", "i4", "nothing"}), users))
     assert found.users.keys() == {"u1", "u3"}
@@ -83,14 +97,33 @@ async def test_what_was_evicted_comes_from_the_tables_and_who_was_deleted_does_n
     assert value(metrics, "sella_store_lookup_seconds_count", source="redis") == 1
 
 
-async def test_a_damaged_record_costs_the_answer_nothing(
+async def test_a_damaged_record_costs_itself_alone_and_publish_repairs_it(
     redis: RedisServer, store: FallbackStore, bundle: Bundle, metrics: Metrics
 ) -> None:
     publish(redis, bundle)
+    keys = BundleKeys(bundle.id)
     with redis.client() as client:
-        client.setrange(BundleKeys(bundle.id).items + "i3", 60, b"damaged")
-    assert_same(await store.look_up(bundle.id, everything(bundle)), bundle, everything(bundle))
-    assert value(metrics, "sella_store_fallbacks_total", reason="error") == 1
+        client.setrange(keys.items + "i3", 60, b"damaged")
+        client.setrange(keys.users + "u1", 20, b"damaged")
+        client.set(keys.users + "u2", "short")
+        client.zadd(KEYS.likes + "u3", {"e\0i31": 1_800_000_000.0})
+    query = everything(bundle)
+    with capture_logs() as log:
+        for _ in range(2 * FAILURES):
+            found = await store.look_up(bundle.id, query)
+            assert_same(found, bundle, query)
+            assert [one.item_id for one in found.live["u3"].likes] == ["i31"]
+    assert value(metrics, "sella_store_up") == 1
+    assert value(metrics, "sella_store_fallbacks_total", reason="error") == 0
+    assert value(metrics, "sella_store_damaged_total", kind="user") == 2 * 2 * FAILURES
+    assert value(metrics, "sella_store_damaged_total", kind="item") >= 2 * FAILURES
+    assert value(metrics, "sella_store_lookup_seconds_count", source="redis") == 2 * FAILURES
+    assert [one["kinds"] for one in log if one["event"] == "store_damaged"] == [["item", "user"]]
+    published = publish(redis, bundle)
+    assert (published.mended, published.current) == (3, True)
+    assert not (await redis_store(store._redis._client, bundle, metrics).look_up(bundle.id, query)).damaged
+    again = publish(redis, bundle)
+    assert (again.mended, again.already) == (0, True)
 
 
 async def test_what_is_no_number_or_text_in_redis_costs_the_answer_nothing(
@@ -98,13 +131,16 @@ async def test_what_is_no_number_or_text_in_redis_costs_the_answer_nothing(
 ) -> None:
     publish(redis, bundle)
     with redis.client() as client:
-        client.hset(DELETED, "u1", "nonsense")
+        client.hset(KEYS.deleted, "u1", "nonsense")
         assert_same(await store.look_up(bundle.id, everything(bundle)), bundle, everything(bundle))
-        assert value(metrics, "sella_store_fallbacks_total", reason="error") == 1
-        client.hdel(DELETED, "u1")
+        assert value(metrics, "sella_store_damaged_total", kind="deletion") == 1
+        client.hdel(KEYS.deleted, "u1")
         client.hset(BundleKeys(bundle.id).meta, "users", b"\xff")
-        await until(store, "cannot be used")
-        client.hset(BundleKeys(bundle.id).meta, "users", "20")
+        await until(store, "redis: \ufffd users")
+        client.delete(BundleKeys(bundle.id).meta)
+        client.set(BundleKeys(bundle.id).meta, "x")
+        assert_same(await store.look_up(bundle.id, everything(bundle)), bundle, everything(bundle))
+        assert publish(redis, bundle).current
         await until(store, "redis: 20 users")  # the check went on
 
 
@@ -149,7 +185,7 @@ async def test_a_redis_that_dies_and_comes_back_empty_and_is_filled_again(bundle
         publish(server, bundle)
         await until(store, "redis: 20 users")
         assert_same(await store.look_up(bundle.id, query), bundle, query)
-        assert value(metrics, "sella_store_lookup_seconds_count", source="redis") == 2
+        assert value(metrics, "sella_store_lookup_seconds_count", source="redis") == 3
         await store.close()
         await client.aclose()
 

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,14 @@ import service.features.publish as publishing
 from models.loading import Bundle
 from service.cli import app
 from service.features.client import open_publisher
-from service.features.keys import BUNDLES, DELETED, POINTER, BundleKeys
+from service.features.keys import BundleKeys, Keys
 from service.features.publish import Published, Publisher, PublishError, PublishOptions
+from service.features.supersede import expire_superseded
 from tests.redis_server import RedisServer, redis_server
 from tests.service.published import publish
 from tests.tiny import tiny_bundle
+
+KEYS = Keys()
 
 
 @pytest.fixture(scope="session")
@@ -42,14 +46,14 @@ def test_the_pointer_moves_last_and_a_rerun_goes_on(redis: RedisServer, bundle: 
     publish_killed_after(redis, bundle, 3)
     with redis.client() as client:
         meta = BundleKeys(bundle.id).meta
-        assert client.get(POINTER) is None and client.hget(meta, "complete") is None
+        assert client.get(KEYS.pointer) is None and client.hget(meta, "complete") is None
         assert client.hget(meta, "items_done") == b"28"
         client.delete(BundleKeys(bundle.id).items + "i0")  # a rerun that began anew would write it
         with pytest.raises(PublishError, match="'i0'"):
             publish(redis, bundle)
-        assert client.get(POINTER) is None
+        assert client.get(KEYS.pointer) is None
         assert publish(redis, bundle).items == 40  # the loss sent it back to the start
-        assert client.get(POINTER) == bundle.id.encode()
+        assert client.get(KEYS.pointer) == bundle.id.encode()
         assert client.hget(meta, "complete") == b"1"
 
 
@@ -76,7 +80,7 @@ def test_a_superseded_bundle_expires_and_going_back_to_it_ends_that(
         assert client.hget(old.meta, "complete") == b"1"  # servers that have not switched still look up in it
         assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{new.prefix}*"))
         assert publish(redis, bundle).expiring == 61
-        assert client.get(POINTER) == bundle.id.encode()
+        assert client.get(KEYS.pointer) == bundle.id.encode()
         assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{old.prefix}*"))
         assert all(client.ttl(key) > 0 for key in client.scan_iter(f"{new.prefix}*"))
 
@@ -97,7 +101,7 @@ def test_a_bundle_made_current_again_while_it_is_given_its_end_keeps_all_its_key
     publisher.close()
     assert len(again) == 1
     with redis.client() as client:
-        assert client.get(POINTER) == bundle.id.encode()
+        assert client.get(KEYS.pointer) == bundle.id.encode()
         assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{BundleKeys(bundle.id).prefix}*"))
 
 
@@ -123,11 +127,11 @@ def test_a_deleted_user_is_left_out_even_when_deleted_while_they_are_written(
     redis: RedisServer, bundle: Bundle
 ) -> None:
     with redis.client() as client:
-        client.hset(DELETED, "u3", "1800000000.0")
+        client.hset(KEYS.deleted, "u3", "1800000000.0")
 
         def tick(what: str, done: int, total: int) -> None:
             if what == "users" and done == 20:
-                client.hset(DELETED, "u5", "1800000000.0")
+                client.hset(KEYS.deleted, "u5", "1800000000.0")
 
         publisher = open_publisher(redis.url)
         published = Publisher(publisher, bundle, PublishOptions(), tick).publish()
@@ -138,7 +142,7 @@ def test_a_deleted_user_is_left_out_even_when_deleted_while_they_are_written(
 
 def test_too_little_memory_is_one_line_and_the_pointer_stays(bundle: Bundle) -> None:
     with redis_server("--maxmemory-policy", "noeviction") as server, server.client() as client:
-        client.set(POINTER, "as it was")
+        client.set(KEYS.pointer, "as it was")
 
         def full(*_: object) -> None:
             client.config_set("maxmemory", 1)
@@ -152,7 +156,7 @@ def test_too_little_memory_is_one_line_and_the_pointer_stays(bundle: Bundle) -> 
         told = CliRunner().invoke(app, ["publish", "--bundle", str(bundle.folder), "--redis", server.url])
         assert told.exit_code == 2, told.output
         assert "maxmemory" in told.output and "Traceback" not in told.output
-        assert client.get(POINTER) == b"as it was"
+        assert client.get(KEYS.pointer) == b"as it was"
 
 
 def test_a_read_only_redis_and_one_that_is_away_are_one_line(
@@ -174,4 +178,131 @@ def test_the_command_says_what_it_did(redis: RedisServer, bundle: Bundle) -> Non
     assert told.exit_code == 0 and "20 users, 40 items" in told.output
     assert "already" in CliRunner().invoke(app, command).output
     with redis.client() as client:
-        assert client.smembers(BUNDLES) == {bundle.id.encode()}
+        assert client.smembers(KEYS.bundles) == {bundle.id.encode()}
+
+
+def test_a_staged_bundle_is_whole_and_the_pointer_stays_until_it_is_published(
+    redis: RedisServer, bundle: Bundle, newer: Bundle
+) -> None:
+    publish(redis, bundle)
+    old, new = BundleKeys(bundle.id), BundleKeys(newer.id)
+    with redis.client() as client:
+        staged = publish(redis, newer, stage=True)
+        assert (staged.current, staged.already, staged.expiring) == (False, False, 0)
+        assert client.get(KEYS.pointer) == bundle.id.encode()
+        assert client.hget(new.meta, "complete") == b"1" and client.hget(new.meta, "counts") is not None
+        assert all(client.ttl(key) == -1 for key in client.scan_iter("*"))
+        assert publish(redis, newer, stage=True).already
+        client.config_resetstat()
+        published = publish(redis, newer)  # nothing is written again
+        assert published.current and "cmdstat_set" not in {
+            name for name, one in client.info("commandstats").items() if one["calls"] > 1
+        }
+        assert client.get(KEYS.pointer) == newer.id.encode()
+        assert all(client.ttl(key) > 0 for key in client.scan_iter(f"{old.prefix}*"))
+        assert client.exists(new.items + "i0")
+
+
+def test_a_staged_bundle_can_be_withdrawn_and_the_current_one_cannot(
+    redis: RedisServer, bundle: Bundle, newer: Bundle
+) -> None:
+    publish(redis, bundle)
+    command = ["publish", "--redis", redis.url, "--bundle"]
+    told = CliRunner().invoke(app, [*command, str(newer.folder), "--stage"])
+    assert told.exit_code == 0 and "is staged on" in told.output
+    assert CliRunner().invoke(app, [*command, str(newer.folder), "--unstage"]).exit_code == 0
+    refused = CliRunner().invoke(app, [*command, str(bundle.folder), "--unstage"])
+    assert refused.exit_code == 2 and "is the current one" in refused.output
+    with redis.client() as client:
+        assert all(client.ttl(key) > 0 for key in client.scan_iter(f"{BundleKeys(newer.id).prefix}*"))
+        assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{BundleKeys(bundle.id).prefix}*"))
+
+
+@pytest.mark.parametrize("damage", ["record", "lost", "another type", "meta", "pointer", "bundles", "deleted"])
+def test_publishing_the_same_bundle_repairs_what_is_damaged_and_writes_nothing_else(
+    redis: RedisServer, bundle: Bundle, damage: str
+) -> None:
+    publish(redis, bundle, precision="float16")
+    keys = BundleKeys(bundle.id)
+    with redis.client() as client:
+        whole = {key: client.dump(key) for key in client.scan_iter("*") if not key.endswith(b":meta")}
+        if damage == "record":
+            client.setrange(keys.items + "i3", 60, b"damaged")
+        elif damage == "lost":
+            client.delete(keys.users + "u3")
+        else:
+            key = {"meta": keys.meta, "pointer": KEYS.pointer, "bundles": KEYS.bundles, "deleted": KEYS.deleted}
+            named = key.get(damage, keys.items + "i3")
+            client.delete(named)
+            client.lpush(named, "x")
+        published = publish(redis, bundle, precision="float16")
+        assert (published.current and not published.already) or damage in ("bundles", "deleted")
+        assert published.mended == (1 if damage in ("record", "lost", "another type") else 0)
+        again = {key: client.dump(key) for key in client.scan_iter("*") if not key.endswith(b":meta")}
+        counted = {f"{KEYS.tables}".encode()}  # a meta that was lost begins another table of counts
+        assert {key: value for key, value in again.items() if key not in counted} == {
+            key: value for key, value in whole.items() if key not in counted
+        }
+        assert client.get(KEYS.pointer) == bundle.id.encode() and client.hget(keys.meta, "complete") == b"1"
+
+
+def test_records_of_another_release_or_of_a_damaged_meta_are_written_anew(redis: RedisServer, bundle: Bundle) -> None:
+    publish(redis, bundle)
+    with redis.client() as client:
+        for damaged in ({"version": "1"}, {"users": b"\xff"}, {"bundle_id": "x"}, {"precision": "float128"}):
+            client.hset(BundleKeys(bundle.id).meta, mapping=damaged)
+            assert not publish(redis, bundle).already
+            assert publish(redis, bundle).already
+
+
+def test_fleets_with_prefixes_of_their_own_do_not_meet(redis: RedisServer, bundle: Bundle, newer: Bundle) -> None:
+    publish(redis, bundle, keys=Keys("one"))
+    with redis.client() as client:
+        first = {key: client.dump(key) for key in client.scan_iter("*")}
+        assert all(key.startswith(b"one:") for key in first)
+        publish(redis, newer, keys=Keys("other"))
+        publish(redis, bundle, keys=Keys("other"), keep_s=0)
+        assert {key: client.dump(key) for key in client.scan_iter("one:*")} == first
+        assert all(client.ttl(key) == -1 for key in first)
+        assert client.get("one:current") == client.get("other:current") == bundle.id.encode()
+
+
+def test_the_command_takes_the_fleets_prefix(
+    redis: RedisServer, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["publish", "--bundle", str(bundle.folder), "--redis", redis.url]
+    assert CliRunner().invoke(app, [*command, "--prefix", "books"]).exit_code == 0
+    monkeypatch.setenv("SELLA_REDIS_PREFIX", "films")
+    assert CliRunner().invoke(app, command).exit_code == 0
+    with redis.client() as client:
+        assert {key.partition(b":")[0] for key in client.scan_iter("*")} == {b"books", b"films"}
+    for prefix in ("a:b", "a*", "", "x" * 65):
+        refused = CliRunner().invoke(app, [*command, "--prefix", prefix])
+        assert refused.exit_code == 2 and "no key prefix" in refused.output
+
+
+def test_a_bundle_that_a_server_serves_keeps_its_keys_until_it_stops(
+    redis: RedisServer, bundle: Bundle, newer: Bundle
+) -> None:
+    publish(redis, bundle)
+    old = BundleKeys(bundle.id)
+    with redis.client() as client:
+        client.zadd(KEYS.serving, {f"{bundle.id}:server": time.time() + 100, f"{newer.id}:gone": time.time() - 1})
+        assert publish(redis, newer, keep_s=0).expiring == 0
+        assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{old.prefix}*"))
+        client.zrem(KEYS.serving, f"{bundle.id}:server")
+        assert expire_superseded(client, KEYS, lambda _: None) == 61
+        assert all(0 < client.ttl(key) <= 62 for key in client.scan_iter(f"{old.prefix}*"))
+
+
+def test_an_eviction_policy_is_warned_of(bundle: Bundle) -> None:
+    with redis_server("--maxmemory-policy", "allkeys-lru") as server:
+        told = CliRunner().invoke(app, ["publish", "--bundle", str(bundle.folder), "--redis", server.url])
+    assert told.exit_code == 0 and "allkeys-lru" in told.stderr and "noeviction" in told.stderr
+
+
+@pytest.mark.parametrize("options", ["?nonsense=1", "?db=x", "?socket_timeout=soon", "?db=1&db=2", "/films"])
+def test_an_address_that_cannot_be_used_is_one_line(bundle: Bundle, options: str) -> None:
+    url = f"redis://:secret@localhost:6379{options}"
+    told = CliRunner().invoke(app, ["publish", "--bundle", str(bundle.folder), "--redis", url])
+    assert told.exit_code == 2 and told.output.count("\n") == 1 and "secret" not in told.output

@@ -1,3 +1,4 @@
+import math
 import random
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ from redis.asyncio import Redis
 from models.features import MAX_OUTCOMES
 from models.fusion import Counts
 from models.loading import Bundle
-from service.features.keys import APPLIED, DELETED, BundleKeys
+from service.features.keys import BundleKeys, Keys
 from service.features.protocol import Query
 from service.interactions.counts import Counted
 from service.interactions.event import EntryKind, Interaction, LogEntry
@@ -19,6 +20,7 @@ from tests.redis_server import RedisServer
 from tests.service.published import publish, redis_store
 from tests.tiny import tiny_bundle
 
+KEYS = Keys()
 pytestmark = pytest.mark.anyio
 
 NOW = 1_800_000_000.0
@@ -48,9 +50,9 @@ async def test_entries_applied_are_part_of_the_next_look_up_and_counted(
     redis: RedisServer, redis_client: Redis, shared: RedisInteractions, bundle: Bundle
 ) -> None:
     publish(redis, bundle)
-    assert await shared.applied("log") == 0
+    assert await shared.applied(["log"]) == [0]
     await shared.apply("log", [entry(3, None), entry(4, True), entry(7, False, item="i2", position=1)])
-    assert await shared.applied("log") == 7
+    assert await shared.applied(["log"]) == [7]
     assert [like.event_id for like in (await live(redis_client, bundle)).likes] == ["e4"]
     counted = await shared.counts(bundle.id, ["u1", "nobody"], ["i1", "i2", "i3"])
     assert counted == Counted(True, {"u1": Counts(2, 1)}, {"i1": Counts(1, 1), "i2": Counts(1, 0)})
@@ -169,8 +171,8 @@ async def test_a_deletion_leaves_the_tombstone_alone_and_what_was_before_it_stay
     with redis.client() as client:
         assert client.exists(BundleKeys(bundle.id).users + "u1") == 0
         assert {key for key in client.scan_iter("*") if b"u1" in key.split(b":")} == set()
-        assert client.hget(DELETED, "u1") == str(NOW + 50).encode()
-    assert await shared.deletions() == {"u1": NOW + 50}
+        assert client.hget(KEYS.deleted, "u1") == str(NOW + 50).encode()
+    assert (await shared.deletions(-math.inf)).users == [("u1", NOW + 50)]
     await shared.apply("another log", [entry(3, True), entry(2, None, "expiry", position=1)])
     assert await live(redis_client, bundle) == LiveUser((), NOW + 50)
     await shared.apply("log", [entry(51, True)])
@@ -192,7 +194,7 @@ async def test_everything_but_deletions_ends_some_day(redis: RedisServer, shared
     await shared.apply("log", [entry(1, True), entry(2, True, user="u2"), entry(9, None, "deletion", user="u2")])
     with redis.client() as client:
         lasting = {key for key in client.scan_iter("*") if client.ttl(key) == -1}
-        assert lasting == {b"sella:live:applied", b"sella:live:deleted"}
+        assert lasting == {b"sella:live:applied", b"sella:live:deleted", b"sella:live:deletions"}
 
 
 async def test_a_redis_that_refuses_takes_nothing_and_says_so(
@@ -207,7 +209,7 @@ async def test_a_redis_that_refuses_takes_nothing_and_says_so(
                 await shared.apply("log", [entry(2, True, position=1), entry(3, True, position=2)])
         finally:
             client.config_set("maxmemory", 0)
-    assert await shared.applied("log") == 1
+    assert await shared.applied(["log"]) == [1]
     assert (await shared.counts(bundle.id, ["u1"], [])).users == {"u1": Counts(1, 1)}
 
 
@@ -223,21 +225,18 @@ async def test_entries_for_another_place_are_refused_whole(
     assert (await shared.counts(bundle.id, ["u1"], [])).users == {"u1": Counts(2, 2)}
 
 
-async def test_what_is_no_number_in_redis_is_an_error_that_can_be_waited_out(
-    redis_client: Redis, shared: RedisInteractions
-) -> None:
-    await redis_client.hset(APPLIED, "log", "nonsense")  # type: ignore[misc]
-    await redis_client.hset(DELETED, "secret-user", "nonsense")  # type: ignore[misc]
-    with pytest.raises(SharedStoreError):
-        await shared.applied("log")
-    with pytest.raises(SharedStoreError) as told:
-        await shared.deletions()
-    assert "secret-user" not in str(told.value)
+async def test_what_is_no_number_in_redis_costs_itself_alone(redis_client: Redis, shared: RedisInteractions) -> None:
+    await redis_client.hset(KEYS.applied, "log", "nonsense")  # type: ignore[misc]
+    await redis_client.hset(KEYS.deleted, "secret-user", "nonsense")  # type: ignore[misc]
+    assert await shared.applied(["log"]) == [0]  # so the log is applied again, into tables of counts that begin anew
+    assert (await shared.deletions(-math.inf)).users == []
+    await shared.apply("other", [entry(5, None, "deletion", user="secret-user")])
+    assert (await shared.deletions(-math.inf)).users == [("secret-user", NOW + 5)]
 
 
-def impression(item: str, position: int, user: str = "u1") -> Impression:
+def impression(item: str, position: int, user: str = "u1", shown: float = 11) -> Impression:
     one = entry(1, True, user=user, item=item, position=position).interaction
-    return Impression(one.impression_id, one.user_id, one.item_id)
+    return Impression(one.impression_id, one.user_id, one.item_id, True, NOW + shown)
 
 
 @pytest.fixture(scope="module")
@@ -264,10 +263,14 @@ async def test_each_bundle_counts_what_was_shown_since_its_own_counts_and_fills_
     await shared.apply("log", [entry(30, True, item="i3", position=2)])  # its outcome: shown since, and not yet filled
     await shared.apply("other", [entry(31, True, item="i2", position=1)])  # and of what another server was told
     await shared.apply("log", [entry(32, True, item="i5", position=5), entry(33, False, item="i5", position=6)])
-    told = [impression("i5", 5), impression("i1", 0), impression("i2", 1), impression("i3", 2), impression("i9", 9)]
-    for _ in range(2):  # a server that was killed begins again
+    told = [impression("i1", 0, shown=1), impression("i2", 1), impression("i3", 2), impression("i5", 5)]
+    await shared.fill("log", table, told[:2], last=False)
+    with pytest.raises(SharedStoreError, match="another part"):  # the answer was lost: a server asks where it stands
         await shared.fill("log", table, told[:2], last=False)
-        await shared.fill("log", table, told[2:], last=True)
+    [again] = [one for one in await shared.unfilled("log") if one.since == NOW + 10]
+    assert (again.number, again.after) == (table.number, told[1].impression_id)
+    for _ in range(2):
+        await shared.fill("log", again, told[2:], last=True)
         await shared.fill("other", table, told[1:2], last=True)
     since = {"i2": Counts(1, 1), "i3": Counts(1, 1), "i5": Counts(2, 1)}
     items = ["i1", "i2", "i3", "i5", "i9"]

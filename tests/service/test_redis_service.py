@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,13 @@ import pytest
 from models.loading import Bundle
 from models.scoring_model import ScoringModel
 from service.engines.packed import PackedModel
+from service.features.keys import Keys
 from tests.redis_server import RedisServer
 from tests.service.conftest import client_of, collaborators
 from tests.service.direct import DirectEngine
 from tests.service.interactions.test_live_scores import Steps
 from tests.service.published import publish
+from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.anyio
 
@@ -143,3 +145,85 @@ async def test_a_user_deleted_at_one_server_leaves_the_memory_of_the_others(
         assert (await one.delete("/users/u1")).status_code == 200
         while "sella_served_scores 0.0" not in (await other.get("/metrics")).text:
             await asyncio.sleep(0.05)
+
+
+async def told(client: httpx.AsyncClient, event_id: str, user_id: str = "somebody", item_id: str = "i7") -> None:
+    like = {"event_id": event_id, "user_id": user_id, "item_id": item_id, "label": True, "timestamp": time.time()}
+    answer = await client.post("/interactions", json={"interactions": [like]})
+    assert answer.status_code == 200, answer.text
+
+
+async def given(client: httpx.AsyncClient, user_id: str = "somebody") -> int:
+    answer = await client.post("/rank", json={"user_id": user_id, "candidates": ["i3"]})
+    assert answer.status_code == 200, answer.text
+    return int(answer.json()["history"]["given"])
+
+
+async def test_a_like_is_in_another_servers_scores_within_a_second_of_its_answer(
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path
+) -> None:
+    """With Redis idle, and with Redis busy for longer than an answer waits for it."""
+    publish(redis, bundle)
+    async with (
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "a") as one,
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "b") as other,
+    ):
+        await given(other)
+        for number in range(1, 13):
+            with redis.paused() if number % 3 == 0 else nullcontext():
+                await told(one, f"e{number}")  # answered although Redis stands still
+            end = time.monotonic() + 1.0
+            while (seen := await given(other)) < number and time.monotonic() < end:
+                await asyncio.sleep(0.01)
+            assert seen == number
+
+
+@pytest.mark.parametrize("staged", [False, True])
+async def test_a_canary_has_the_likes_of_other_servers_and_raises_no_alarm(
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path, staged: bool
+) -> None:
+    """A bundle that is served and that nobody published, or staged, beside one that is current in Redis."""
+    canary = tiny_bundle(tmp_path / "canary", seed=7)
+    publish(redis, bundle)
+    if staged:
+        publish(redis, canary, stage=True)
+    async with (
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "a") as one,
+        served(canary, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "b") as other,
+    ):
+        before = await given(other, "u3")
+        await told(one, "e1", "u3")
+        while await given(other, "u3") == before:
+            await asyncio.sleep(0.02)
+        assert await given(other, "u3") == before + 1
+        assert (await one.delete("/users/u3")).status_code == 200
+        while await given(other, "u3"):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(1.2)  # the check in the background
+        metrics = (await other.get("/metrics")).text
+        assert "sella_store_up 1.0" in metrics
+        assert f'sella_store_published{{bundle_id="{canary.id}"}} {float(staged)}' in metrics
+        assert 'source="embedded"' in metrics and 'sella_store_lookup_seconds_count{source="embedded"} 0.0' in metrics
+
+
+async def test_fleets_on_one_database_with_prefixes_of_their_own_share_nothing(
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path
+) -> None:
+    for prefix in ("films", "books"):
+        publish(redis, bundle, keys=Keys(prefix))
+    settings = {"store": redis.url, "redis_timeout_ms": 5000}
+    async with (
+        served(bundle, model, redis_prefix="films", interactions=tmp_path / "a", **settings) as films,
+        served(bundle, model, redis_prefix="books", interactions=tmp_path / "b", **settings) as books,
+        served(bundle, model, redis_prefix="films", interactions=tmp_path / "c", **settings) as other,
+    ):
+        before = await given(books, "u3")
+        await told(films, "e1", "u3")
+        while await given(other, "u3") == before:
+            await asyncio.sleep(0.02)
+        assert (await films.delete("/users/u4")).status_code == 200
+        assert await given(books, "u3") == before and await given(books, "u4") > 0
+        while await given(other, "u4"):
+            await asyncio.sleep(0.02)
+        with redis.client() as client:
+            assert {key.partition(b":")[0] for key in client.scan_iter("*")} == {b"films", b"books"}

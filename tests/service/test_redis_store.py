@@ -1,21 +1,26 @@
 import asyncio
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
 from models.features import UserFeatures
+from models.fusion import Counts
 from models.loading import Bundle
-from service.features.keys import DELETED, LIKES, BundleKeys
+from service.features.keys import BundleKeys, Keys
 from service.features.protocol import Features, Query
-from service.features.redis import LookUpError
+from service.interactions.counts import NOTHING_COUNTED, Counted
 from service.interactions.live import USERS_AT_ONCE, KnownOutcome, Like, LiveUser
 from service.metrics.registry import Metrics
 from tests.redis_server import RedisServer
 from tests.service.published import publish, redis_store
+from tests.tiny import tiny_bundle
 
+KEYS = Keys()
 pytestmark = pytest.mark.anyio
 
 
@@ -93,8 +98,8 @@ async def test_likes_come_in_order_with_their_items_and_a_deleted_user_is_gone(
     publish(redis, bundle)
     with redis.client() as client:
         late, early = "event 2\0i31", "event 1\0i32"
-        client.zadd(LIKES + "u1", {late: 1_800_000_000.123456, early: 1_800_000_000.0, "e\0gone": 1.0})
-        client.hset(DELETED, "u2", "1800000001.25")
+        client.zadd(KEYS.likes + "u1", {late: 1_800_000_000.123456, early: 1_800_000_000.0, "e\0gone": 1.0})
+        client.hset(KEYS.deleted, "u2", "1800000001.25")
     found = await redis_store(redis_client, bundle, Metrics()).look_up(
         bundle.id, Query(frozenset({"u1", "u2", "u3"}), frozenset(), frozenset({"u1"}))
     )
@@ -120,65 +125,120 @@ async def test_half_precision_changes_vectors_by_rounding_alone(
         np.testing.assert_allclose(item.semantic_D, stored.semantic_D, rtol=2**-11, atol=2**-24)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "another's", "another type", "another version"])
-async def test_a_damaged_record_is_an_error_and_never_a_vector(
+@pytest.mark.parametrize(
+    "damage", ["cut", "short", "flipped", "lengths", "another's", "another type", "another version"]
+)
+async def test_a_damaged_record_is_left_out_and_told_and_costs_nothing_else(
     redis: RedisServer, redis_client: Redis, bundle: Bundle, damage: str
 ) -> None:
     publish(redis, bundle)
     keys = BundleKeys(bundle.id)
-    user = bundle.tables().user("u0")
-    assert user is not None
     with redis.client() as client:
         for key, other in ((keys.items + "i3", keys.items + "i4"), (keys.users + "u0", keys.users + "u1")):
-            record = client.get(key)
-            assert isinstance(record, bytes)
-            if damage == "cut":
-                client.set(key, record[:-1])
-            elif damage == "flipped":
-                client.set(key, record[:-1] + bytes([record[-1] ^ 1]))
-            elif damage == "another's":
-                client.copy(other, key, replace=True)
-            elif damage == "another type":
-                client.delete(key)
-                client.lpush(key, "x")
-            else:
-                client.set(key, b"\x09" + record[1:])
-    store = redis_store(redis_client, bundle, Metrics())
-    for query in (
-        Query(frozenset(), frozenset({"i3"}), frozenset()),
-        Query(frozenset({"u0"}), frozenset(), frozenset()),
-    ):
-        if (
-            damage == "another type" and query.item_ids
-        ):  # MGET tells nothing of such a key: absent, and the tables know it
-            assert not (await store.look_up(bundle.id, query)).items
-            continue
-        with pytest.raises(LookUpError) as caught:
-            await store.look_up(bundle.id, query)
-        assert caught.value.reason == "error"
+            damage_record(client, key, other, damage)
+    query = everything(bundle)
+    found = await redis_store(redis_client, bundle, Metrics()).look_up(bundle.id, query)
+    assert found.users.keys() == query.user_ids - {"u0", "nobody"}
+    assert found.items.keys() == query.item_ids - {"i3", "nothing"}
+    if damage not in ("cut", "flipped"):  # these are behind what a history needs, which has a checksum of its own
+        assert "i3" not in found.history_items
+    # MGET tells nothing of a key of another type: it is absent, and the tables know the item.
+    assert {"user", "item"} >= set(found.damaged) >= ({"user"} if damage == "another type" else {"user", "item"})
+    rest = Query(query.user_ids - {"u0"}, query.item_ids - {"i3"}, frozenset())
+    assert not (await redis_store(redis_client, bundle, Metrics()).look_up(bundle.id, rest)).damaged
 
 
-async def test_redis_without_the_whole_bundle_is_told_apart(
+def damage_record(client: SyncRedis, key: str, other: str, damage: str) -> None:
+    record = client.get(key)
+    assert isinstance(record, bytes)
+    if damage == "cut":
+        client.set(key, record[:-1])
+    elif damage == "short":
+        client.set(key, record[:3])
+    elif damage == "flipped":
+        client.set(key, record[:-1] + bytes([record[-1] ^ 1]))
+    elif damage == "lengths":
+        client.set(key, record[:2] + b"\xff\xff\xff\xff" + record[6:])
+    elif damage == "another's":
+        client.copy(other, key, replace=True)
+    elif damage == "another type":
+        client.delete(key)
+        client.lpush(key, "x")
+    else:
+        client.set(key, b"\x09" + record[1:])
+
+
+async def test_what_is_live_of_other_users_does_not_suffer_from_a_damaged_key(
+    redis: RedisServer, redis_client: Redis, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    with redis.client() as client:
+        for user in ("u1", "u2"):
+            client.zadd(KEYS.likes + user, {"e\0i31": 1_800_000_000.0})
+        client.zadd(KEYS.likes + "u1", {b"\xff\0i32": 1.0})
+        client.lpush(KEYS.likes + "u3", "x")
+        client.set(KEYS.outcomes + "u4", "x")
+        client.zadd(KEYS.outcomes + "u5", {b"\xff": 1.0})
+        client.hset(KEYS.deleted, mapping={"u6": "nonsense", "u7": "1800000001"})
+        number = (client.hget(BundleKeys(bundle.id).meta, "counts") or b"").decode()
+        table = BundleKeys(bundle.id).counts + number
+        client.hset(f"{table}:i:i3", mapping={"impressions": "nonsense", "positives": 1})
+        client.hset(f"{table}:i:i4", mapping={"impressions": 2, "positives": 1})
+        client.set(f"{table}:u:u1", "x")
+    users = frozenset(f"u{one}" for one in range(1, 9))
+    asked = Query(users, frozenset({"i3", "i4"}), users, frozenset({"i3", "i4"}))
+    found = await redis_store(redis_client, bundle, Metrics()).look_up(bundle.id, asked)
+    assert found.users.keys() == users - {"u7"}
+    assert [len(found.live[one].likes) for one in ("u1", "u2", "u3")] == [1, 1, 0]
+    assert found.live["u7"].deleted_at == 1_800_000_001.0 and found.live["u6"].deleted_at is None
+    assert found.counted == Counted(True, {}, {"i4": Counts(2, 1)})
+    assert set(found.damaged) == {"likes", "outcomes", "deletion", "counts"}
+
+
+async def test_redis_without_the_whole_bundle_tells_what_is_live_and_no_record(
     redis: RedisServer, redis_client: Redis, bundle: Bundle
 ) -> None:
     store = redis_store(redis_client, bundle, Metrics())
-    with pytest.raises(LookUpError) as caught:
-        await store.look_up(bundle.id, everything(bundle))
-    assert caught.value.reason == "bundle_missing"
+    with redis.client() as client:
+        client.zadd(KEYS.likes + "u1", {"e\0i31": 1_800_000_000.0})
+        client.hset(KEYS.deleted, "u2", "1800000001.25")
+    for _ in range(2):
+        found = await store.look_up(bundle.id, everything(bundle))
+        assert not (found.held or found.users or found.items or found.history_items or found.counted.live)
+        assert [one.item_id for one in found.live["u1"].likes] == ["i31"]
+        assert found.live["u2"].deleted_at == 1_800_000_001.25
     publish(redis, bundle)
     assert "20 users, 40 items in float32" in (await store.health()).detail
+    assert (await store.look_up(bundle.id, everything(bundle))).items
     with redis.client() as client:
         client.hset(BundleKeys(bundle.id).meta, "complete", "0")
     assert not (await store.health()).ready
-    with pytest.raises(LookUpError) as caught:
-        await store.look_up(bundle.id, everything(bundle))
-    assert caught.value.reason == "bundle_missing"
+    assert not (await store.look_up(bundle.id, everything(bundle))).users
+
+
+async def test_a_bundle_that_is_not_published_gets_the_counts_of_one_whose_own_end_at_the_same_moment(
+    redis: RedisServer, redis_client: Redis, bundle: Bundle, tmp_path: Path
+) -> None:
+    until = bundle.manifest.counted_until
+    same = tiny_bundle(tmp_path / "same", seed=7, counted_until=until)
+    later = tiny_bundle(tmp_path / "later", seed=7, counted_until=until + 1)
+    publish(redis, bundle)
+    with redis.client() as client:
+        number = (client.hget(BundleKeys(bundle.id).meta, "counts") or b"").decode()
+        client.hset(f"{BundleKeys(bundle.id).counts}{number}:i:i4", mapping={"impressions": 2, "positives": 1})
+    asked = Query(frozenset({"u1"}), frozenset({"i4"}), frozenset(), frozenset({"i4"}))
+    told = []
+    for one in (same, later):
+        found = await redis_store(redis_client, one, Metrics()).look_up(one.id, asked)
+        told.append(found.counted)
+        assert not found.held
+    assert told == [Counted(True, {}, {"i4": Counts(2, 1)}), NOTHING_COUNTED]
 
 
 async def test_times_are_exact_through_redis(redis: RedisServer, redis_client: Redis, bundle: Bundle) -> None:
     publish(redis, bundle)
     time = math.nextafter(1_800_000_000.1, math.inf)
-    await redis_client.zadd(LIKES + "u1", {"e\0i1": time})
+    await redis_client.zadd(KEYS.likes + "u1", {"e\0i1": time})
     found = await redis_store(redis_client, bundle, Metrics()).look_up(
         bundle.id, Query(frozenset({"u1"}), frozenset(), frozenset({"u1"}))
     )
@@ -197,7 +257,7 @@ async def test_a_look_up_of_many_users_lets_other_tasks_run_while_it_reads_the_a
             turns[0] += 1
             await asyncio.sleep(0)
 
-    def decoded(told: Sequence[bytes]) -> tuple[KnownOutcome, ...]:
+    def decoded(told: Sequence[bytes], damaged: list[str]) -> tuple[KnownOutcome, ...]:
         seen.append(turns[0])
         return ()
 

@@ -33,14 +33,22 @@ def test_a_value_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         ("HOST", ""),
         ("HOST", "é" * 70),
         ("ENGINE_THREADS", "99999999"),
+        ("STORE", "redis://host?nonsense=1"),
+        ("STORE", "redis://host/films"),
+        ("STORE", "rediss://host?ssl_ca_certs=/no/such/file"),
+        ("REDIS_PREFIX", "a:b"),
+        ("REDIS_PREFIX", "films*"),
+        ("REDIS_PREFIX", "films\n"),
+        ("REDIS_PREFIX", ""),
     ],
 )
 def test_what_would_only_fail_later_is_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(f"SELLA_{name}", value)
-    with pytest.raises(SettingsError, match=f"SELLA_{name}: "):
+    with pytest.raises(SettingsError, match=f"SELLA_{name}: ") as error:
         load_settings(bundle=Path("b"))
+    assert "\n" not in str(error.value)
 
 
 def test_without_a_bundle_there_are_no_settings() -> None:

@@ -1,10 +1,13 @@
-"""What servers share, in memory: the rules of `SharedInteractions` in their plainest form."""
+"""What servers share, in memory, for tests of the replay: it can fail, be slow and lose everything.
+
+Its rules are too plain to be compared with: the log is compared with the scripts themselves.
+"""
 
 import asyncio
 from collections.abc import Mapping, Sequence
 
 from service.interactions.event import LogEntry
-from service.interactions.shared import CountTable, Impression, SharedStoreError
+from service.interactions.shared import CountTable, Deletions, Impression, KnownBefore, SharedStoreError
 
 
 class SharedMemory:
@@ -23,34 +26,51 @@ class SharedMemory:
         self.counts: dict[tuple[str, str], list[int]] = {}
         self.likes: dict[str, dict[str, tuple[float, str]]] = {}
         self.deleted: dict[str, float] = {}
+        self.numbers: dict[str, int] = {}
         self.applied_seqs: list[int] = []
         self.tables: list[CountTable] = []
         self.filled: set[tuple[str, str]] = set()
         self.told: dict[str, list[Impression]] = {}
 
-    async def applied(self, log_id: str) -> int:
+    async def applied(self, epochs: Sequence[str]) -> list[int]:
         await self._answer()
-        return self.markers.get(log_id, 0)
+        return [self.markers.get(one, 0) for one in epochs]
 
-    async def apply(self, log_id: str, entries: Sequence[LogEntry], after: int | None = None) -> None:
+    async def apply(
+        self,
+        epoch: str,
+        entries: Sequence[LogEntry],
+        after: int | None = None,
+        *,
+        log_id: str = "",
+        known: Mapping[int, KnownBefore] | None = None,
+        anew: bool = False,
+    ) -> None:
         await self._answer()
         if self.loses_before_apply:
             self.loses_before_apply = False
             self.lose_everything()
-        if after is not None and self.markers.get(log_id, 0) != after:
+        if after is not None and self.markers.get(epoch, 0) != after:
             raise SharedStoreError("elsewhere")
         for entry in entries:
             self._apply(entry)
-        self.markers[log_id] = entries[-1].seq
+        self.markers[epoch] = entries[-1].seq
         if self.fails_after > 0:
             self.fails_after -= 1
             raise SharedStoreError("the answer was lost")
 
-    async def deletions(self) -> Mapping[str, float]:
+    async def deletions(self, mark: float, limit: int) -> Deletions:
         await self._answer()
-        return dict(self.deleted)
+        users = sorted((number, user) for user, number in self.numbers.items() if number > mark)[:limit]
+        found = [(user, self.deleted[user]) for _, user in users]
+        return Deletions(found, users[-1][0] if users else mark, len(users) == limit)
 
-    async def unfilled(self, log_id: str) -> Sequence[CountTable]:
+    def delete(self, user_id: str, when: float) -> None:
+        """Delete a user as another server would."""
+        self.deleted[user_id] = max(when, self.deleted.get(user_id, 0.0))
+        self.numbers[user_id] = max(self.numbers.values(), default=0) + 1
+
+    async def unfilled(self, log_id: str, epochs: Sequence[str]) -> Sequence[CountTable]:
         await self._answer()
         return [table for table in self.tables if (table.number, log_id) not in self.filled]
 
@@ -59,6 +79,14 @@ class SharedMemory:
         self.told[table.number] = [*self.told.get(table.number, ()), *impressions]
         if last:
             self.filled.add((table.number, log_id))
+
+    async def lost(self, users: Sequence[str], deletions: Sequence[tuple[str, float]]) -> tuple[str, ...]:
+        await self._answer()
+        return tuple(user for user in users if user not in self.likes and user not in self.deleted)
+
+    async def begin_again(self) -> None:
+        await self._answer()
+        self.markers = {}
 
     async def _answer(self) -> None:
         await asyncio.sleep(self.delay_s)
@@ -69,7 +97,7 @@ class SharedMemory:
         self.applied_seqs.append(entry.seq)
         one = entry.interaction
         if entry.kind == "deletion":
-            self.deleted[one.user_id] = max(one.timestamp, self.deleted.get(one.user_id, 0.0))
+            self.delete(one.user_id, one.timestamp)
             self.likes.pop(one.user_id, None)
             self.counts.pop(("user", one.user_id), None)
             return

@@ -1,4 +1,4 @@
-"""The log's rules, whatever the order of arrival; and the same rules in the store that servers share."""
+"""The log's rules, whatever the order of arrival; test_scripts.py has those of the store that servers share."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ from service.interactions.event import Interaction
 from service.interactions.ledger import Counts, EventConflictError, Ledger
 from service.interactions.live import MAX_LIKES, KnownOutcome, Like, impression_name
 from tests.service.interactions.conftest import NOW, event
-from tests.service.interactions.memory import SharedMemory
 
 USERS, ITEMS = ("u1", "u2"), ("i1", "i2")
 
@@ -90,22 +89,6 @@ def resolved_not(events: list[Interaction]) -> list[Interaction]:
     """One event of each impression that has no outcome."""
     known = {one.impression_id for one in events if one.label is not None}
     return list({one.impression_id: one for one in events if one.impression_id not in known}.values())
-
-
-@given(arrivals())
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_the_shared_store_counts_the_same_from_the_entries(
-    both: tuple[list[Interaction], list[Interaction]],
-) -> None:
-    shared = SharedMemory()
-    with ledger() as one:
-        one.take(both[1], NOW)
-        one.expire(NOW + 60, 3)
-        for entry in one.read(0, 1000):
-            shared._apply(entry)
-        for of, ids in (("user", USERS), ("item", ITEMS)):
-            counted = {each: Counts(*shared.counts[of, each]) for each in ids if any(shared.counts.get((of, each), ()))}
-            assert counted == one.counts(of, ids)  # type: ignore[arg-type]
 
 
 def test_the_newest_likes_are_kept() -> None:

@@ -1,6 +1,7 @@
 """The log on disk: what is acknowledged stays, what cannot be written is refused whole."""
 
 import asyncio
+import shutil
 import sqlite3
 from contextlib import suppress
 from pathlib import Path
@@ -313,3 +314,25 @@ async def test_closing_ends_a_task_that_loses_a_cancellation(recording: Collabor
     async with asyncio.timeout(10):
         await recording.interactions.close()
     assert task.cancelled()
+
+
+async def test_each_opening_with_entries_before_it_begins_an_epoch(log: EventLog, new_log: Open, path: Path) -> None:
+    await log.append([event("e1"), event("e2")])
+    first = log.position().epochs
+    await log.close()
+    backup = path.with_name("backup.sqlite")
+    shutil.copy(path, backup)
+    seen = [first]
+    for _ in range(2):  # the second opening finds an epoch without entries, and takes its place
+        again = new_log()
+        await again.start()
+        seen.append(again.position().epochs)
+        await again.close()
+    assert [len(one) for one in seen] == [1, 2, 2]
+    assert seen[1][0] == seen[2][0] == first[0] and [one[1].start for one in seen[1:]] == [2, 2]
+    other = new_log(backup)
+    await other.start()
+    await other.append([event("e3")])
+    assert other.position().epochs[0] == first[0]
+    assert len({one.id for epochs in (*seen, other.position().epochs) for one in epochs}) == 4
+    await other.close()
