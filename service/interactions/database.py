@@ -6,10 +6,15 @@ import sqlite3
 import stat
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
+
+from service.ownership import give
 
 APPLICATION_ID = 0x5E11A106
 FORMAT = 1
+RESTORED, REPLACED = ".restored", ".replaced"  # beside the log: one that is to take its place, one that was replaced
+_RESTS = ("-wal", "-shm")  # of a database that was not closed
 BUSY_S = 5.0  # readers never block a writer in WAL mode; a backup's checkpoint may for a moment
 
 _TABLES = """
@@ -97,12 +102,12 @@ class FileLock:
             OSError: a file cannot be made.
         """
         real = path.resolve()
-        self._beside = os.open(real.with_name(real.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._beside = _open_or_make(real.with_name(real.name + ".lock"))
         self.descriptor = -1
         try:
             _lock(self._beside)
-            # Nobody else reads what users do. O_NONBLOCK: a pipe at the path must not stop the process.
-            self.descriptor = os.open(real, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+            take_restored(real)
+            self.descriptor = _open_or_make(real)
             self._file = os.fstat(self.descriptor)
             if not stat.S_ISREG(self._file.st_mode):
                 raise LogFileError(f"{path}: is no regular file; set SELLA_INTERACTIONS to another path")
@@ -130,8 +135,48 @@ class FileLock:
                 os.close(one)
 
 
+def _open_or_make(path: Path) -> int:
+    """Open a file to write; nobody but its owner reads what is made. A pipe at the path must not stop the process."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        give(descriptor, path)
+        return descriptor
+
+
 def _lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def take_restored(path: Path) -> Path | None:
+    """Finish a restore: set the log at `path` aside, with all that belongs to it, and put the restored one there.
+
+    Return where the earlier log is. Cut off anywhere, it goes on when it is called again. The caller holds the lock of
+    the log's name.
+    """
+    restored, aside = path.with_name(path.name + RESTORED), path.with_name(path.name + REPLACED)
+    if not restored.exists():
+        return None
+    if path.exists():
+        for rest in _RESTS:
+            aside.with_name(aside.name + rest).unlink(missing_ok=True)
+        path.replace(aside)
+    for rest in _RESTS:  # replayed onto the restored log they would destroy it
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + rest).replace(aside.with_name(aside.name + rest))
+    restored.replace(path)
+    sync_folder(path.parent)
+    return aside if aside.exists() else None
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_database(path: Path) -> sqlite3.Connection:
