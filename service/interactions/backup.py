@@ -13,6 +13,7 @@ from pathlib import Path
 
 from service.interactions.database import (
     APPLICATION_ID,
+    LINUX,
     RESTORED,
     FileLock,
     LogFileError,
@@ -146,7 +147,8 @@ def _scratch(out: Path) -> Iterator[Path]:
     """Give an empty file beside `out` that only its owner may read; what is left of it goes."""
     descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if LINUX:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield Path(name)
     finally:
         for rest in ("", "-wal", "-shm"):
@@ -156,7 +158,7 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 def _remove_rests(out: Path) -> None:
     """Remove what backups that were killed have left."""
-    for rest in out.parent.glob(f".{out.name}.*.partial"):
+    for rest in out.parent.glob(f".{out.name}.*.partial") if LINUX else ():
         with suppress(OSError), rest.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             rest.unlink()

@@ -14,6 +14,7 @@ from service.ownership import give
 APPLICATION_ID = 0x5E11A106
 FORMAT = 1
 RESTORED, REPLACED = ".restored", ".replaced"  # beside the log: one that is to take its place, one that was replaced
+LINUX = sys.platform == "linux"  # elsewhere `flock` and SQLite's own locks of one file may exclude each other
 _RESTS = ("-wal", "-shm")  # of a database that was not closed
 BUSY_S = 5.0  # readers never block a writer in WAL mode; a backup's checkpoint may for a moment
 
@@ -111,7 +112,7 @@ class FileLock:
             self._file = os.fstat(self.descriptor)
             if not stat.S_ISREG(self._file.st_mode):
                 raise LogFileError(f"{path}: is no regular file; set SELLA_INTERACTIONS to another path")
-            if sys.platform == "linux":  # elsewhere this lock and SQLite's own exclude each other
+            if LINUX:
                 _lock(self.descriptor)
         except BaseException as error:
             self.release()

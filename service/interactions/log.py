@@ -248,6 +248,8 @@ class EventLog:
 
     def health(self) -> LogHealth:
         """Return whether the log takes entries and can be read."""
+        if self._stalled():
+            return LogHealth(False, f"{self._path}: the disk has not answered for {DISK_S:g} s")
         health = self._writer.health
         if health.ready and self._reader_error:
             return LogHealth(False, self._reader_error)
@@ -314,7 +316,12 @@ class EventLog:
         finally:
             connection.close()
 
+    def _stalled(self) -> bool:
+        return self._ever_opened and self._writer.busy_s() > DISK_S
+
     def _read(self, work: Callable[[Ledger], T]) -> T:
+        if self._stalled():  # reading could stop the event loop with it
+            raise LogUnavailableError(self.health().detail)
         if not self._ever_opened:
             # Another process may hold it, and what it holds may be damaged: neither is read.
             raise LogUnavailableError(self._writer.health.detail)

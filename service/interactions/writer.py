@@ -73,6 +73,7 @@ class Writer:
         self._ledger: Ledger | None = None
         self._tried = float("-inf")
         self._committing = False
+        self._busy_since: float | None = None  # monotonic seconds
         self._erasure: Erasure | None = None
         self._remnants = False  # bytes of deleted rows may still be in the files
         self._erase_at = float("-inf")
@@ -98,6 +99,11 @@ class Writer:
             job.done.set_exception(LogUnavailableError(f"{self._path}: {WAITING} writes wait for the disk"))
         return job.done
 
+    def busy_s(self) -> float:
+        """Return for how many seconds the disk has not answered; any thread may ask."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def stop(self) -> None:
         """Do what waits, close the log and end; a disk that does not answer is left to the end of the process."""
         if self._thread.is_alive():
@@ -108,7 +114,9 @@ class Writer:
     def _run(self) -> None:
         running = True
         while running:
+            self._busy_since = None
             waiting = self._waiting()
+            self._busy_since = time.monotonic()
             running = None not in waiting
             # Who no longer waits is not written down.
             self._commit([job for job in waiting if job is not None and job.done.set_running_or_notify_cancel()])

@@ -267,8 +267,8 @@ async def test_no_path_is_an_error_of_ours(client: httpx.AsyncClient) -> None:
 async def test_a_pipe_in_a_bundle_is_refused_and_nobody_waits_for_its_writer(
     client: httpx.AsyncClient, family: Family, name: str
 ) -> None:
-    broken = family.first.folder.with_name(f"pipe-{name}")
-    shutil.copytree(family.first.folder, broken)
+    broken = family.alike.folder.with_name(f"pipe-{name}")
+    shutil.copytree(family.alike.folder, broken)
     (broken / name).unlink(missing_ok=True)
     os.mkfifo(broken / name)
     try:

@@ -220,5 +220,6 @@ def export_in_a_process(path: Path, number: int) -> float:
         capture_output=True, text=True, check=True, timeout=200, env={**os.environ, "POLARS_MAX_THREADS": "1"},
     )  # fmt: skip
     exported, megabytes = done.stdout.split()
-    assert int(exported) == number
+    times = pl.read_parquet(path.with_suffix(".out") / "interactions.parquet")["timestamp"]
+    assert int(exported) == len(times) == number and times.is_sorted()
     return float(megabytes)

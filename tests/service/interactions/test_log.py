@@ -104,6 +104,31 @@ async def test_a_write_that_the_disk_has_not_answered_is_told_as_unknown_and_hea
     assert [one.verdicts for one in late] == [("accepted",)] and len(late[0].resolved) == 1
 
 
+async def test_nothing_is_read_from_a_disk_that_does_not_answer_and_health_says_so(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log.append([event("e1"), event("e2", user_id="u2")])
+    await log.delete("u2")
+    monkeypatch.setattr("service.interactions.log.DISK_S", 0.1)
+    free = threading.Event()
+    held = log._writer.submit(lambda _: free.wait(20))
+    while log.health().ready:
+        await asyncio.sleep(0.01)
+    assert "has not answered" in log.health().detail
+
+    def reading(*_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("service.interactions.ledger.Ledger.live", reading)
+        assert {one: live.deleted_at for one, live in (await log.live(["u1", "u2"])).items()} == {"u2": NOW}
+    free.set()
+    held.result(20)
+    while not log.health().ready:
+        await asyncio.sleep(0.01)
+    assert await likes(log) == ["e1"]
+
+
 class FailsAfterCommit:
     """A connection whose disk reports an error for a commit that it has written."""
 
