@@ -137,6 +137,8 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: not a bundle, another format, or an altered manifest.
     """
     path = folder / MANIFEST
+    if path.exists() and not path.is_file():  # a pipe would make the reader wait for a writer
+        raise BundleError(f"{path}: is no regular file; is {folder} a bundle?")
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
             raise OSError("not a regular file")

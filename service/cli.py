@@ -1,8 +1,10 @@
 """`sella-serve`: a bundle in, a server on a port; or a bundle into Redis."""
 
 import asyncio
+import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, cast
@@ -29,8 +31,7 @@ from service.collaborators import Collaborators
 from service.connections import Connections, room_for_connections
 from service.features.choice import Stores
 from service.features.publish_command import publish
-from service.interactions.database import LogFileError
-from service.interactions.export import ExportError, export_log
+from service.interactions.log_commands import backup, check, export, restore
 from service.interactions.recorder import open_recorder
 from service.logs import configure_logs
 from service.metrics.registry import Metrics, build_version
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from service.tracing import Traces
 
 CANNOT_SERVE = 2
+CUT_OFF = 1  # the process could not end by itself
+END_S = 14.0  # beyond the drain; compose kills after 45 s
 SOCKET_BUFFER = 262_144  # bytes; the longest answers take a few hundred kilobytes
 
 # Without markup, or the brackets of the options' help would be taken for it.
@@ -53,8 +56,8 @@ def main() -> None:
     """Serve scores from a bundle."""
 
 
-app.command()(publish)
-app.command()(key)
+for command in (publish, key, export, backup, restore, check):
+    app.command()(command)
 
 
 @app.command()
@@ -96,19 +99,6 @@ def run(
     reason = _serve(collaborators, access, connections, listener, traces)
     if reason:
         _give_up(reason)
-
-
-@app.command()
-def export(
-    interactions: Annotated[Path, typer.Option(help="The log that SELLA_INTERACTIONS names.")],
-    out: Annotated[Path, typer.Option(help="The data folder to write to; its items are yours to add.")],
-) -> None:
-    """Write the log's outcomes and deletions as tables of a data folder, for sella-train. The log may be in use."""
-    try:
-        rows, deleted = export_log(interactions, out)
-    except (LogFileError, ExportError) as error:
-        _give_up(str(error))
-    typer.echo(f"{out}: {rows} interactions with a known outcome, {deleted} deleted users")
 
 
 def _collaborators(
@@ -173,7 +163,7 @@ def _serve(
         ws="none",
         timeout_graceful_shutdown=max(1, round(collaborators.settings.drain_s)),
     )
-    server = _Server(config, collaborators.bundles)
+    server = _Server(config, collaborators.bundles, collaborators.settings.drain_s + END_S)
     # uvicorn restores these handlers and raises the signal again once it has drained. With its own handler there, the
     # process then ends with 0 and not by the signal, and no signal is lost before uvicorn installs it.
     for stop in (signal.SIGTERM, signal.SIGINT):
@@ -185,14 +175,21 @@ def _serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling /readyz of a signal as soon as it comes."""
+    """uvicorn, telling /readyz of a signal as soon as it comes, and ending at the latest `end_s` after it.
 
-    def __init__(self, config: uvicorn.Config, bundles: Bundles) -> None:
+    A thread that waits for a disk, a pipe or a terminal that does not answer would keep the process for ever.
+    """
+
+    def __init__(self, config: uvicorn.Config, bundles: Bundles, end_s: float) -> None:
         super().__init__(config)
         self._bundles = bundles
+        self._end = threading.Timer(end_s, os._exit, (CUT_OFF,))
+        self._end.daemon = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._bundles.stopping = True
+        if not self._bundles.stopping:
+            self._bundles.stopping = True
+            self._end.start()
         super().handle_exit(sig, frame)
 
 

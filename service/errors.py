@@ -13,7 +13,7 @@ from service.admission import QueueFullError
 from service.answers import ErrorResponse, Problem
 from service.batcher import DeadlineExceededError
 from service.engines.protocol import EngineError, EngineUnavailableError, JobDroppedError
-from service.interactions.writer import LogUnavailableError
+from service.interactions.writer import LogUnansweredError, LogUnavailableError
 from service.metrics.registry import Metrics
 
 MAX_MESSAGE = 300
@@ -173,6 +173,9 @@ def _refusal(error: Exception) -> tuple[int, str, str, str, int | None]:
         return 504, "deadline_exceeded", "deadline", message, None
     if isinstance(error, EngineUnavailableError):
         return 503, "not_ready", "not_ready", "the engine is not ready; /readyz says when it is", RETRY_LATER_S
+    if isinstance(error, LogUnansweredError):
+        message = "the disk has not answered; what was sent may be taken or not: send it again, it counts once"
+        return 503, "log_unavailable", "log_unavailable", message, RETRY_LATER_S
     if isinstance(error, LogUnavailableError):
         message = "interactions cannot be written to disk now; nothing was taken, send the same event ids again"
         return 503, "log_unavailable", "log_unavailable", message, RETRY_LATER_S

@@ -4,17 +4,27 @@ Titles and user ids are no news above debug level. The service's own events have
 library's record may quote anything, so of those only what cannot quote is kept: types and places, and first lines.
 """
 
+import json
 import logging
+import os
 import sys
+import threading
+import time
 import traceback
+from collections import deque
 from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
 from service.connections import LOGGER as CONNECTIONS_LOGGER
 from service.settings import Settings
+
+WAITING_LINES = 10_000  # a few megabytes
+LINES_AT_ONCE, TOGETHER_S = 100, 0.002  # one write for what comes together
+FLUSH_S = 1.0
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
@@ -43,7 +53,7 @@ def configure_logs(settings: Settings) -> structlog.stdlib.BoundLogger:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = PatientHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=foreign,
@@ -60,6 +70,69 @@ def configure_logs(settings: Settings) -> structlog.stdlib.BoundLogger:
     logging.getLogger(CONNECTIONS_LOGGER).setLevel(logging.ERROR)
     log: structlog.stdlib.BoundLogger = structlog.get_logger("sella")
     return log
+
+
+class PatientHandler(logging.Handler):
+    """Writes lines from a thread of its own: a pipe, a terminal or a disk that takes nothing must not stop the service.
+
+    What comes while `WAITING_LINES` wait is dropped; how many were is the next line that can be written. A stream that
+    is no file is written at once.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: deque[str] = deque()
+        self._taken = self._written = self._dropped = 0
+        self._news = threading.Event()
+        try:
+            self._file: int | None = stream.fileno()
+        except (OSError, ValueError):
+            self._file = None
+        else:
+            threading.Thread(target=self._run, name="logs", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record; it is written within milliseconds. Handlers are called by one thread at a time."""
+        try:
+            line = f"{self.format(record)}\n"
+        except Exception:
+            self.handleError(record)
+            return
+        if self._file is None:
+            self._stream.write(line)
+        elif self._taken - self._written >= WAITING_LINES:
+            self._dropped += 1
+        else:
+            self._taken += 1
+            self._lines.append(line)
+            self._news.set()
+
+    def flush(self) -> None:
+        """Wait until what was taken is written, but not for a file that takes nothing."""
+        end = time.monotonic() + FLUSH_S
+        while self._file is not None and self._written < self._taken and time.monotonic() < end:
+            time.sleep(0.001)
+
+    def _run(self) -> None:
+        while True:
+            self._news.wait()
+            time.sleep(TOGETHER_S)
+            self._news.clear()
+            while lines := [self._lines.popleft() for _ in range(min(len(self._lines), LINES_AT_ONCE))]:
+                text = "".join(lines)
+                if self._dropped:
+                    text += json.dumps({"event": "lines_dropped", "level": "warning", "lines": self._dropped}) + "\n"
+                    self._dropped = 0
+                self._write(text.encode(errors="backslashreplace"))
+                self._written += len(lines)
+
+    def _write(self, text: bytes) -> None:
+        """Write to the file itself: a stream's lock, held while it waits, would stop the end of the process."""
+        assert self._file is not None
+        with suppress(OSError):  # nobody reads it any more
+            while text:
+                text = text[os.write(self._file, text) :]
 
 
 def _without_messages(exc_info: _ExcInfo) -> str:

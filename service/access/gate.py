@@ -4,6 +4,7 @@ import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import structlog
 from starlette.datastructures import Headers
@@ -62,7 +63,7 @@ class Access:
                 " SELLA_API_KEYS_FILE, or say SELLA_ALLOW_ANONYMOUS=true if something before the service checks callers"
             )
         api, admin = (
-            None if path is None else KeyFile(path, log) for path in (settings.api_keys_file, settings.admin_keys_file)
+            None if path is None else _watched(path, log) for path in (settings.api_keys_file, settings.admin_keys_file)
         )
         return cls(api, admin, anonymous=loopback and api is None and admin is None)
 
@@ -146,6 +147,12 @@ class Gate:
         if rate is None:
             return 0
         return self._limiter.take(f"key {key.name}" if key else f"address {_address(scope)}", rate)
+
+
+def _watched(path: Path, log: structlog.stdlib.BoundLogger) -> KeyFile:
+    file = KeyFile(path, log)
+    file.watch()
+    return file
 
 
 def need_of(route: BaseRoute | None, method: str) -> Need:

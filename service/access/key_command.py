@@ -8,7 +8,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from service.access.key_file import read_keys
 from service.access.keys import NAME, KeyFileError, parse_keys
+from service.ownership import give
 
 CANNOT_MAKE = 2
 
@@ -34,13 +36,16 @@ def key(
 def add_key(file: Path, name: str) -> str:
     """Add a new key to a file, which only its owner may read, and return it. The file is replaced whole.
 
+    A file that is there keeps its owner and mode: root must not lock the service out of it.
+
     Raises:
         KeyFileError: the file would not be a key file, as when the name is there already.
         OSError: it cannot be read or written.
     """
     if not NAME.fullmatch(name):
         raise KeyFileError(f"{name!r} is no name of a key; use 1 to 64 of A-Z a-z 0-9 . _ -")
-    before = file.read_text() if file.exists() else ""
+    file = file.resolve()  # a link stays one
+    before = read_keys(file)[1].decode() if file.exists() else ""
     secret = secrets.token_urlsafe(32)
     text = f"{before}{'' if before.endswith(chr(10)) or not before else chr(10)}{name}:{secret}\n"
     parse_keys(text, str(file))
@@ -50,6 +55,7 @@ def add_key(file: Path, name: str) -> str:
         with os.fdopen(descriptor, "w") as opened:
             opened.write(text)
             opened.flush()
+            give(opened.fileno(), file)
             os.fsync(opened.fileno())
         Path(scratch).replace(file)
     except BaseException:

@@ -2,7 +2,9 @@
 
 import os
 import stat
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,16 +38,27 @@ class KeyFile:
         self._seen: Signature | None
         self._seen, self._ring = self._read()
         self._checked = clock()
+        self._watched = False
+
+    def watch(self) -> threading.Thread:
+        """Look at the file each second from now on, in a thread of its own: a disk may not answer.
+
+        The thread ends with this object, and never keeps the process from ending.
+        """
+        self._watched = True
+        thread = threading.Thread(target=_watch, args=(weakref.ref(self),), name="keys", daemon=True)
+        thread.start()
+        return thread
 
     def ring(self) -> KeyRing:
-        """Return the keys. At most once a second this looks at the file: one system call, no read unless it changed."""
-        now = self._clock()
-        if now - self._checked >= CHECK_S:
-            self._checked = now
-            self._follow()
+        """Return the keys. If nobody watches the file this looks at it, once a second at most."""
+        if not self._watched and self._clock() - self._checked >= CHECK_S:
+            self.follow()
         return self._ring
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Look at the file: one system call, no read unless it changed."""
+        self._checked = self._clock()
         signature = self._signature()
         if signature == self._seen:
             return
@@ -64,14 +77,7 @@ class KeyFile:
             return None
 
     def _read(self) -> tuple[Signature, KeyRing]:
-        try:
-            with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise KeyFileError(f"{self._path}: cannot be read: {error.strerror or error}") from error
-        if len(data) > MAX_BYTES:
-            raise KeyFileError(f"{self._path}: longer than {MAX_BYTES} bytes; is it a key file?")
+        status, data = read_keys(self._path)
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
@@ -80,6 +86,32 @@ class KeyFile:
         if stat.S_IMODE(status.st_mode) & stat.S_IROTH:
             self._log.warning("keys_readable_by_all", file=str(self._path), mend=f"chmod o-r {self._path}")
         return _signature(status), ring
+
+
+def read_keys(path: Path) -> tuple[os.stat_result, bytes]:
+    """Read a key file, which is a regular file: a pipe would make the reader wait for a writer.
+
+    Raises:
+        KeyFileError: it cannot be read, is something else or too long.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise KeyFileError(f"{path}: is no regular file; put the keys into one")
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise KeyFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(data) > MAX_BYTES:
+        raise KeyFileError(f"{path}: longer than {MAX_BYTES} bytes; is it a key file?")
+    return status, data
+
+
+def _watch(file: "weakref.ref[KeyFile]") -> None:
+    while (there := file()) is not None:
+        there.follow()
+        del there  # or the thread would keep it alive
+        time.sleep(CHECK_S)
 
 
 def _signature(status: os.stat_result) -> Signature:

@@ -48,9 +48,7 @@ def main() -> None:
     os.nice(GENTLE)
     folder = Path(sys.argv[1])
     hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():  # to open a pipe would wait for its writer
-            continue
+    for path in filter(Path.is_file, sorted(folder.rglob("*"))):  # a pipe would never end
         with suppress(OSError), path.open("rb") as file:
             hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     print(json.dumps(hashes))

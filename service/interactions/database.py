@@ -3,11 +3,19 @@
 import fcntl
 import os
 import sqlite3
+import stat
+import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
+
+from service.ownership import give
 
 APPLICATION_ID = 0x5E11A106
 FORMAT = 1
+RESTORED, REPLACED = ".restored", ".replaced"  # beside the log: one that is to take its place, one that was replaced
+LINUX = sys.platform == "linux"  # elsewhere `flock` and SQLite's own locks of one file may exclude each other
+_RESTS = ("-wal", "-shm")  # of a database that was not closed
 BUSY_S = 5.0  # readers never block a writer in WAL mode; a backup's checkpoint may for a moment
 
 _TABLES = """
@@ -24,9 +32,10 @@ CREATE TABLE entries (
     timestamp REAL NOT NULL,
     request_id TEXT,
     position INTEGER,
-    received REAL NOT NULL
+    received REAL NOT NULL,
+    impression TEXT DEFAULT ''
 );
-CREATE INDEX entries_event ON entries (event_id) WHERE kind = 'event';
+CREATE INDEX entries_event_user ON entries (event_id, user_id) WHERE kind = 'event';
 CREATE INDEX entries_user ON entries (user_id);
 CREATE INDEX entries_received ON entries (received) WHERE kind != 'deletion';
 CREATE TABLE size (entries INTEGER NOT NULL);
@@ -64,8 +73,14 @@ CREATE TABLE counts (
 ) WITHOUT ROWID;
 CREATE TABLE deletions (user_id TEXT PRIMARY KEY, deleted_at REAL NOT NULL) WITHOUT ROWID;
 """
-# The newest outcomes of a user are read on every request. A log of an earlier version gets the index when it is opened.
-_KNOWN_INDEX = "CREATE INDEX IF NOT EXISTS impressions_known ON impressions (user_id, state, shown)"
+# A log of an earlier version gets what it lacks when it is opened, and that version can still write it afterwards.
+# `impression`: '' in entries of such a version; see `Interaction.impression`.
+_LATER_COLUMNS = {"impression": "ALTER TABLE entries ADD COLUMN impression TEXT DEFAULT ''"}
+_LATER_INDEXES = (
+    "CREATE INDEX IF NOT EXISTS impressions_known ON impressions (user_id, state, shown)",
+    "CREATE INDEX IF NOT EXISTS entries_event_user ON entries (event_id, user_id) WHERE kind = 'event'",
+    "DROP INDEX IF EXISTS entries_event",
+)
 
 
 class LogFileError(Exception):
@@ -73,41 +88,108 @@ class LogFileError(Exception):
 
 
 class FileLock:
-    """Holds a log for one process. The system lets go of it when the process ends, however it ends."""
+    """Holds a log for one process. The system lets go of it when the process ends, however it ends.
+
+    Two files are locked: one beside the log, which stands for its name with all links resolved, and the log itself,
+    which has one lock under all its names. `descriptor` is the log's. While SQLite has the log open in this process
+    the lock must be kept: closing any descriptor of a file drops the locks that SQLite has on it.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Take the lock.
+        """Take the lock; make the log's file if there is none.
 
         Raises:
-            LogFileError: another process holds it.
-            OSError: the lock's file cannot be made.
+            LogFileError: another process holds it, or it is no file.
+            OSError: a file cannot be made.
         """
-        # A file of its own: SQLite drops its locks when any other descriptor of the database is closed.
-        self._descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        real = path.resolve()
+        self._beside = _open_or_make(real.with_name(real.name + ".lock"))
+        self.descriptor = -1
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise LogFileError(
-                f"{path}: another process writes this log; give each server a SELLA_INTERACTIONS of its own"
-            ) from error
+            _lock(self._beside)
+            take_restored(real)
+            self.descriptor = _open_or_make(real)
+            self._file = os.fstat(self.descriptor)
+            if not stat.S_ISREG(self._file.st_mode):
+                raise LogFileError(f"{path}: is no regular file; set SELLA_INTERACTIONS to another path")
+            if LINUX:
+                _lock(self.descriptor)
+        except BaseException as error:
+            self.release()
+            if isinstance(error, BlockingIOError):
+                raise LogFileError(
+                    f"{path}: another process writes this log; give each server a SELLA_INTERACTIONS of its own"
+                ) from error
+            raise
+
+    def holds(self, path: Path) -> bool:
+        """Return whether the file that is locked is the one at the path."""
+        try:
+            return os.path.samestat(path.stat(), self._file)
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Let go."""
-        os.close(self._descriptor)
+        for one in (self.descriptor, self._beside):
+            if one >= 0:
+                os.close(one)
+
+
+def _open_or_make(path: Path) -> int:
+    """Open a file to write; nobody but its owner reads what is made. A pipe at the path must not stop the process."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        give(descriptor, path)
+        return descriptor
+
+
+def _lock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def take_restored(path: Path) -> Path | None:
+    """Finish a restore: set the log at `path` aside, with all that belongs to it, and put the restored one there.
+
+    Return where the earlier log is. Cut off anywhere, it goes on when it is called again. The caller holds the lock of
+    the log's name.
+    """
+    restored, aside = path.with_name(path.name + RESTORED), path.with_name(path.name + REPLACED)
+    if not restored.exists():
+        return None
+    if path.exists():
+        for rest in _RESTS:
+            aside.with_name(aside.name + rest).unlink(missing_ok=True)
+        path.replace(aside)
+    for rest in _RESTS:  # replayed onto the restored log they would destroy it
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + rest).replace(aside.with_name(aside.name + rest))
+    restored.replace(path)
+    sync_folder(path.parent)
+    return aside if aside.exists() else None
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Open the log's database for writing; make it if there is none.
+    """Open the log's database for writing; fill an empty file.
 
     Every commit is on disk when it returns. Deleted rows are overwritten with zeros. The connection may be used from
-    any one thread.
+    any one thread. The caller holds the `FileLock`.
 
     Raises:
         LogFileError: it is damaged or something else; it is left as it is.
         sqlite3.Error, OSError: it cannot be opened now.
     """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # nobody else reads what users do
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         _check(connection, path)
@@ -116,7 +198,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA secure_delete = ON")
         if _pragma(connection, "application_id") == 0:
             _create(connection)
-        connection.execute(_KNOWN_INDEX)
+        _complete(connection)
     except sqlite3.OperationalError:
         connection.close()
         raise
@@ -154,6 +236,16 @@ def open_to_read(path: Path) -> sqlite3.Connection:
             raise LogFileError(f"{path}: {error}; its folder must be readable and writable") from error
         raise _damaged(path, str(error)) from error
     return connection
+
+
+def _complete(connection: sqlite3.Connection) -> None:
+    """Add what a log of an earlier version lacks."""
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(entries)")}
+    for name, statement in _LATER_COLUMNS.items():
+        if name not in columns:
+            connection.execute(statement)
+    for statement in _LATER_INDEXES:
+        connection.execute(statement)
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

@@ -6,7 +6,7 @@ pending, then negative or positive; positive is final. Its like is its earliest 
 
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from models.features import MAX_OUTCOMES
@@ -20,11 +20,11 @@ Verdict = Literal["accepted", "duplicate", "forgotten"]
 CountOf = Literal["user", "item"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
-_ENTRY = "seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position"
+ENTRY = "seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position, impression"
 
 
 class EventConflictError(Exception):
-    """An event id that stands in the log with other content."""
+    """An event id of a user that stands in the log with other content."""
 
     def __init__(self, index: int, event_id: str) -> None:
         super().__init__(f"event {event_id[:40]!r} is in the log with other content; give a new event an id of its own")
@@ -66,22 +66,22 @@ class Ledger:
         verdicts: list[Verdict] = []
         resolved: list[Resolved] = []
         for index, one in enumerate(batch):
-            verdict = self._judge(index, one)
+            verdict, impression = self._judge(index, one)
             verdicts.append(verdict)
             if verdict == "accepted":
-                resolved += self._append("event", one, received)
+                resolved += self._append("event", replace(one, impression=impression), received)
         return Taken(tuple(verdicts), tuple(resolved), self.last_seq())
 
     def expire(self, now: float, limit: int) -> tuple[Resolved, ...]:
         """Make negatives of impressions whose attribution window has passed, the longest waiting first."""
         due = self._db.execute(
-            f"SELECT {', '.join('entries.' + name for name in _ENTRY.split(', '))} FROM impressions"
+            f"SELECT {', '.join('entries.' + name for name in ENTRY.split(', '))} FROM impressions"
             " JOIN entries ON entries.seq = first_seq WHERE state = 0 AND due <= ? ORDER BY due LIMIT ?",
             (now, limit),
         ).fetchall()
         resolved: list[Resolved] = []
         for row in due:
-            resolved += self._append("expiry", _entry(row).interaction, now)
+            resolved += self._append("expiry", entry_of(row).interaction, now)
         return tuple(resolved)
 
     def delete(self, user_id: str, deleted_at: float, received: float) -> int:
@@ -116,22 +116,22 @@ class Ledger:
 
     def prune(self, before: float, limit: int) -> int:
         """Drop the oldest entries, received and dated before a moment, with what follows from them; tombstones stay."""
-        old = self._db.execute(
-            f"SELECT {_ENTRY} FROM entries WHERE kind != 'deletion' AND received < ? AND timestamp < ?"
+        rows = self._db.execute(
+            f"SELECT {ENTRY} FROM entries WHERE kind != 'deletion' AND received < ? AND timestamp < ?"
             " ORDER BY received, seq LIMIT ?",
             (before, before, limit),
         ).fetchall()
-        for entry in map(_entry, old):
-            one = entry.interaction
-            self._db.execute(
-                "DELETE FROM impressions WHERE impression_id = ? AND last_seq <= ?", (one.impression_id, entry.seq)
-            )
-            if one.label:
-                self._db.execute(
-                    "DELETE FROM likes WHERE user_id = ? AND timestamp = ? AND event_id = ?",
-                    (one.user_id, one.timestamp, one.event_id),
-                )
-            self._db.execute("DELETE FROM entries WHERE seq = ?", (entry.seq,))
+        old = [entry_of(row) for row in rows]
+        told = [(entry.seq, entry.interaction) for entry in old]
+        self._db.executemany(
+            "DELETE FROM impressions WHERE impression_id = ? AND last_seq <= ?",
+            [(one.impression_id, seq) for seq, one in told],
+        )
+        self._db.executemany(
+            "DELETE FROM likes WHERE user_id = ? AND timestamp = ? AND event_id = ?",
+            [(one.user_id, one.timestamp, one.event_id) for _, one in told if one.label],
+        )
+        self._db.executemany("DELETE FROM entries WHERE seq = ?", [(seq,) for seq, _ in told])
         return len(old)
 
     def probe(self) -> None:
@@ -140,8 +140,8 @@ class Ledger:
 
     def read(self, after: int, limit: int) -> list[LogEntry]:
         """Return entries behind a seq, in order."""
-        rows = self._db.execute(f"SELECT {_ENTRY} FROM entries WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
-        return [_entry(row) for row in rows]
+        rows = self._db.execute(f"SELECT {ENTRY} FROM entries WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+        return [entry_of(row) for row in rows]
 
     def last_seq(self) -> int:
         """Return the last seq ever given; 0 for none."""
@@ -226,25 +226,47 @@ class Ledger:
 
         return grouped("user_id"), grouped("item_id")
 
-    def _judge(self, index: int, one: Interaction) -> Verdict:
+    def _judge(self, index: int, one: Interaction) -> tuple[Verdict, str | None]:
+        """Return what becomes of an interaction, and its impression where the rule does not name it."""
         deleted_at = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", one.user_id)
         if deleted_at is not None and one.timestamp <= deleted_at:
-            return "forgotten"
+            return "forgotten", None
         known = self._db.execute(
-            f"SELECT {_ENTRY} FROM entries WHERE event_id = ? AND kind = 'event'", (one.event_id,)
+            f"SELECT {ENTRY} FROM entries WHERE event_id = ? AND user_id = ? AND kind = 'event'",
+            (one.event_id, one.user_id),
         ).fetchall()
         if not known:
-            return "accepted"
-        before = [_entry(row).interaction for row in known]
+            return "accepted", self._showing(one)
+        before = [entry_of(row).interaction for row in known]
         if any(_content(each) != _content(one) for each in before):
             raise EventConflictError(index, one.event_id)
         labels = {each.label for each in before}
         # A label where there was none is the outcome; none where there is a label says nothing new.
         if one.label is None or one.label in labels:
-            return "duplicate"
+            return "duplicate", None
         if labels == {None}:
-            return "accepted"
+            return "accepted", before[0].impression
         raise EventConflictError(index, one.event_id)
+
+    def _showing(self, one: Interaction) -> str | None:
+        """Return the impression that is meant where a client uses a request id again; None for the first.
+
+        An item shown again under the same id, later than an outcome is waited for, is a new impression. An outcome
+        belongs to the latest impression that was shown before it.
+        """
+        if one.request_id is None:
+            return None
+        shown = self._db.execute(
+            "SELECT impression_id, shown FROM impressions WHERE impression_id >= ?1 AND impression_id < ?1 || char(32)",
+            (one.impression_id,),
+        ).fetchall()
+        earlier = [(at, name) for name, at in shown if at <= one.timestamp]
+        if not earlier:
+            return None
+        at, name = max(earlier)
+        if one.label is None and one.timestamp > at + self._attribution_s:
+            name = f"{one.impression_id}\x1f{one.event_id}"
+        return None if name == one.impression_id else name
 
     def _append(self, kind: EntryKind, one: Interaction, received: float) -> list[Resolved]:
         seq = self._insert(kind, one, received)
@@ -252,8 +274,9 @@ class Ledger:
 
     def _insert(self, kind: EntryKind, one: Interaction, received: float) -> int:
         cursor = self._db.execute(
-            "INSERT INTO entries (kind, event_id, user_id, item_id, label, timestamp, request_id, position, received)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO entries"
+            " (kind, event_id, user_id, item_id, label, timestamp, request_id, position, received, impression)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 kind,
                 one.event_id,
@@ -264,6 +287,7 @@ class Ledger:
                 one.request_id,
                 one.position,
                 received,
+                one.impression,
             ),
         )
         assert cursor.lastrowid is not None
@@ -346,10 +370,10 @@ class Ledger:
         self._db.execute("DELETE FROM likes WHERE user_id = ?", (user_id,))
         self._db.execute("DELETE FROM counts WHERE of = 'user' AND id = ?", (user_id,))
         left = self._db.execute(
-            f"SELECT {_ENTRY}, received FROM entries WHERE user_id = ? AND kind != 'deletion' ORDER BY seq", (user_id,)
+            f"SELECT {ENTRY}, received FROM entries WHERE user_id = ? AND kind != 'deletion' ORDER BY seq", (user_id,)
         ).fetchall()
         for *row, received in left:
-            entry = _entry(row)
+            entry = entry_of(row)
             self._advance(entry.seq, entry.kind, entry.interaction, received, rebuilt_at=tombstone)
 
     def _value(self, query: str, *values: object) -> Any:
@@ -357,10 +381,14 @@ class Ledger:
         return None if row is None else row[0]
 
 
-def _entry(row: Sequence[Any]) -> LogEntry:
-    seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position = row
+def entry_of(row: Sequence[Any]) -> LogEntry:
+    seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position, impression = row
     told = None if label is None else bool(label)
-    return LogEntry(seq, kind, Interaction(event_id, user_id, item_id, told, timestamp, request_id, position))
+    if impression == "":  # of an earlier version, whose impressions without a request had the event's id
+        impression = event_id if request_id is None else None
+    return LogEntry(
+        seq, kind, Interaction(event_id, user_id, item_id, told, timestamp, request_id, position, impression)
+    )
 
 
 def _content(one: Interaction) -> tuple[object, ...]:

@@ -20,16 +20,18 @@ from service.interactions.event import Interaction, LogEntry
 from service.interactions.ledger import CountOf, EventConflictError, Ledger, Resolved, Taken
 from service.interactions.live import USERS_AT_ONCE, LiveUser
 from service.interactions.shared import Impression, KnownBefore
-from service.interactions.writer import LogHealth, LogUnavailableError, Writer
+from service.interactions.writer import LogHealth, LogUnansweredError, LogUnavailableError, Writer
 from service.metrics.interactions import InteractionMetrics
 
-__all__ = ["EventConflictError", "EventLog", "LogLimits", "LogUnavailableError", "Position"]
+__all__ = ["EventConflictError", "EventLog", "LogLimits", "LogUnansweredError", "LogUnavailableError", "Position"]
 
 T = TypeVar("T")
 
 DISK_S = 10.0  # a disk that takes longer counts as gone; the client sends the same ids again
 LASTING = 0.9  # of the retention: what is younger cannot have ended elsewhere by a clock's difference
-AT_ONCE = 500  # expiries or prunings of one commit, so that interactions do not wait behind them
+# Expiries and prunings of one commit end after this time, so that interactions do not wait behind them: each touches
+# several pages anywhere in the file.
+SWEEP_S, AT_ONCE = 0.012, 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class EventLog:
         self._filling = asyncio.Lock()
         self._counts: tuple[LiveCounts, ...] = ()  # replaced as a whole, because the writer's thread reads it
         self._deleted: dict[str, float] = {}  # for a log that cannot be read any more
+        self.behind = False  # whether `sweep` has left some
 
     async def start(self) -> None:
         """Open the log, if that can be done now."""
@@ -82,22 +85,24 @@ class EventLog:
                     with suppress(sqlite3.Error, LogFileError):
                         await asyncio.to_thread(self._fill, counts)
 
-    async def append(self, batch: Sequence[Interaction]) -> Taken:
+    async def append(self, batch: Sequence[Interaction], late: Callable[[Taken], None] | None = None) -> Taken:
         """Take a batch, all of it or nothing; it is on disk when this returns.
 
         Raises:
             EventConflictError: an event id is in the log with other content.
+            LogUnansweredError: the disk does not answer; `late` is called if it takes the batch after all.
             LogUnavailableError: the log cannot be written now.
         """
         started = time.monotonic()
-        taken = await self._write(lambda ledger: ledger.take(batch, self._clock.steady()))
+        taken = await self._write(lambda ledger: ledger.take(batch, self._clock.steady()), late=late)
         self._metrics.appended(time.monotonic() - started)
         return taken
 
-    async def delete(self, user_id: str) -> tuple[float, int]:
+    async def delete(self, user_id: str, late: Callable[[], None] | None = None) -> tuple[float, int]:
         """Forget a user, on disk too; return when, UTC seconds not before anything forgotten, and the tombstone's seq.
 
         Raises:
+            LogUnansweredError: the disk does not answer; `late` is called if the user is deleted after all.
             LogUnavailableError: the log cannot be written now.
         """
 
@@ -106,7 +111,12 @@ class EventLog:
             deleted_at = max(self._clock.wall(), ledger.newest_timestamp(user_id) or 0.0)
             return deleted_at, ledger.delete(user_id, deleted_at, self._clock.steady())
 
-        deleted_at, seq = await self._write(work, erases=True)
+        def known(done: tuple[float, int]) -> None:
+            self._deleted[user_id] = done[0]
+            if late is not None:
+                late()
+
+        deleted_at, seq = await self._write(work, erases=True, late=known)
         self._deleted[user_id] = deleted_at
         return deleted_at, seq
 
@@ -143,26 +153,37 @@ class EventLog:
     async def sweep(self) -> tuple[Resolved, ...]:
         """Expire impressions, drop old entries, and find out whether the log takes entries; never raises.
 
-        Return what has become negative, at most `AT_ONCE` at a time.
+        Return what has become negative. It ends early where there is much to do; `behind` then tells that some is left.
         """
 
-        def work(ledger: Ledger) -> tuple[Resolved, ...]:
+        def work(ledger: Ledger) -> tuple[bool, list[Resolved]]:
             if not self._writer.health.ready:
                 ledger.probe()
             now = self._clock.steady()
             # Of two clocks the earlier one: one that was set ahead must not empty the log.
-            ledger.prune(min(now, self._clock.wall()) - self._limits.retention_s, AT_ONCE)
-            return ledger.expire(now, AT_ONCE)
+            old = min(now, self._clock.wall()) - self._limits.retention_s
+            pruned, expired = AT_ONCE, AT_ONCE
+            resolved: list[Resolved] = []
+            until = time.monotonic() + SWEEP_S
+            while pruned == AT_ONCE and time.monotonic() < until:
+                pruned = ledger.prune(old, AT_ONCE)
+            until = time.monotonic() + SWEEP_S
+            while expired == AT_ONCE and time.monotonic() < until:
+                some = ledger.expire(now, AT_ONCE)
+                resolved += some
+                expired = len(some)
+            return AT_ONCE in (pruned, expired), resolved
 
+        self.behind = False
         try:
-            resolved = await self._write(work)
+            self.behind, resolved = await self._write(work)
         except LogUnavailableError:
             return ()
         self._metrics.expired(len(resolved))
         if self._reader_error:  # else it stood in /readyz until the next score
             with suppress(LogUnavailableError):
                 self.position()
-        return resolved
+        return tuple(resolved)
 
     def read(self, after: int, limit: int) -> list[LogEntry]:
         """Return entries behind a seq, in order.
@@ -259,6 +280,8 @@ class EventLog:
 
     def health(self) -> LogHealth:
         """Return whether the log takes entries and can be read."""
+        if self._stalled():
+            return LogHealth(False, f"{self._path}: the disk has not answered for {DISK_S:g} s")
         health = self._writer.health
         if health.ready and self._reader_error:
             return LogHealth(False, self._reader_error)
@@ -271,16 +294,26 @@ class EventLog:
         await asyncio.to_thread(self._writer.stop)
         self._metrics.log(False, None)
 
-    async def _write(self, work: Callable[[Ledger], T], *, erases: bool = False) -> T:
+    async def _write(
+        self, work: Callable[[Ledger], T], *, erases: bool = False, late: Callable[[T], None] | None = None
+    ) -> T:
         def counted(ledger: Ledger) -> tuple[T, int]:
             return work(ledger), ledger.entries()
 
         future: Future[tuple[T, int]] = self._writer.submit(counted, erases=erases)
+        waiting = asyncio.wrap_future(future)
         try:
-            result, entries = await asyncio.wait_for(asyncio.wrap_future(future), DISK_S)
-        except TimeoutError as error:
-            self._metrics.log(False, None)
-            raise LogUnavailableError(f"{self._path}: nothing was written in {DISK_S:g} s") from error
+            await asyncio.wait((waiting,), timeout=DISK_S)
+        finally:
+            if not waiting.done():
+                waiting.add_done_callback(lambda done: _late(done, late))
+                begun = not future.cancel()
+        try:
+            if not waiting.done():
+                if begun:
+                    raise LogUnansweredError(f"{self._path}: the disk has not answered in {DISK_S:g} s")
+                raise LogUnavailableError(f"{self._path}: nothing was written in {DISK_S:g} s")
+            result, entries = waiting.result()
         except LogUnavailableError:
             self._metrics.log(False, None)
             raise
@@ -323,7 +356,12 @@ class EventLog:
         except (sqlite3.Error, LogFileError) as error:
             raise LogUnavailableError(f"{self._path}: {error}") from error
 
+    def _stalled(self) -> bool:
+        return self._ever_opened and self._writer.busy_s() > DISK_S
+
     def _read(self, work: Callable[[Ledger], T]) -> T:
+        if self._stalled():  # reading could stop the event loop with it
+            raise LogUnavailableError(self.health().detail)
         if not self._ever_opened:
             # Another process may hold it, and what it holds may be damaged: neither is read.
             raise LogUnavailableError(self._writer.health.detail)
@@ -343,3 +381,9 @@ class EventLog:
         if self._read_connection is not None:
             self._read_connection.close()
         self._read_connection = self._reader = None
+
+
+def _late(done: "asyncio.Future[tuple[T, int]]", late: Callable[[T], None] | None) -> None:
+    """Tell what a write became for which nobody waits any more."""
+    if not done.cancelled() and done.exception() is None and late is not None:
+        late(done.result()[0])

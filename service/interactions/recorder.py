@@ -1,6 +1,7 @@
 """Interactions from end to end: taken into the log, told to listeners, passed on to the shared store, swept."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
@@ -11,7 +12,7 @@ from service.interactions.counts import LiveCounts
 from service.interactions.event import Interaction
 from service.interactions.ledger import EventConflictError, Resolved, Taken
 from service.interactions.live import LiveUser
-from service.interactions.log import AT_ONCE, EventLog, LogLimits
+from service.interactions.log import EventLog, LogLimits
 from service.interactions.replay import Replay
 from service.interactions.shared import SharedInteractions
 from service.interactions.writer import LogHealth, LogUnavailableError
@@ -99,17 +100,21 @@ class Recorder:
 
         Raises:
             EventConflictError: an event id is in the log with other content.
+            LogUnansweredError: the disk does not answer; the batch may be taken later.
             LogUnavailableError: the log cannot be written now.
         """
         try:
-            taken = await self._log.append(batch)
+            taken = await self._log.append(batch, late=self._taken)
         except (EventConflictError, LogUnavailableError):
             self.refuse(len(batch))
             raise
-        self._metrics.taken(taken.verdicts)
-        self._tell(taken.resolved)
+        self._taken(taken)
         await self._pass_on(taken.seq)
         return taken
+
+    def _taken(self, taken: Taken) -> None:
+        self._metrics.taken(taken.verdicts)
+        self._tell(taken.resolved)
 
     def refuse(self, interactions: int) -> None:
         """Count interactions that were refused for what they say."""
@@ -119,12 +124,17 @@ class Recorder:
         """Forget a user, on disk too, and return as of when, UTC seconds.
 
         Raises:
+            LogUnansweredError: the disk does not answer; the user may be deleted later.
             LogUnavailableError: the log cannot be written now.
         """
-        deleted_at, seq = await self._log.delete(user_id)
-        self._metrics.deleted()
-        self.on_deleted(user_id)
-        self._events.info("user_deleted")
+
+        def deleted() -> None:
+            self._metrics.deleted()
+            self.on_deleted(user_id)
+            self._events.info("user_deleted")
+
+        deleted_at, seq = await self._log.delete(user_id, late=deleted)
+        deleted()
         await self._pass_on(seq)
         return deleted_at
 
@@ -140,13 +150,14 @@ class Recorder:
         return self._log.health()
 
     async def _sweep(self) -> None:
+        pause_s = SWEEP_S
         while True:
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(pause_s)
+            began = time.monotonic()
             resolved = await self._log.sweep()
+            # Where there is more to do, half of the disk's time stays for interactions.
+            pause_s = time.monotonic() - began if self._log.behind else SWEEP_S
             self._tell(resolved)
-            while len(resolved) == AT_ONCE:
-                resolved = await self._log.sweep()
-                self._tell(resolved)
             await self._log.fill_counts()
             self._tell_health()
             if self._replay is not None and resolved:

@@ -4,11 +4,12 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 
 from service.interactions.counts import NEGATIVE, PENDING, POSITIVE
-from service.interactions.event import Interaction, LogEntry
+from service.interactions.event import LogEntry
+from service.interactions.ledger import ENTRY, entry_of
 from service.interactions.shared import Impression, KnownBefore
 
-_ENTRIES = """
-SELECT kind, event_id, label, timestamp, request_id, position FROM entries
+_ENTRIES = f"""
+SELECT {ENTRY} FROM entries
 WHERE user_id = ? AND item_id = ? AND seq >= ? AND seq < ? AND kind != 'deletion'
 """
 
@@ -38,14 +39,14 @@ def known_before(connection: sqlite3.Connection, entries: Iterable[LogEntry]) ->
             continue
         shown, first_seq = row
         state, positives = PENDING, []
-        for kind, event_id, label, timestamp, request_id, position in connection.execute(
-            _ENTRIES, (one.user_id, one.item_id, first_seq, entry.seq)
-        ):
-            before = Interaction(event_id, one.user_id, one.item_id, label, timestamp, request_id, position)
+        told = connection.execute(_ENTRIES, (one.user_id, one.item_id, first_seq, entry.seq))
+        for earlier in map(entry_of, told):
+            before = earlier.interaction
             if before.impression_id == one.impression_id:
-                arrived = POSITIVE if label else NEGATIVE if kind == "expiry" or label is not None else PENDING
+                unknown = NEGATIVE if earlier.kind == "expiry" else PENDING
+                arrived = unknown if before.label is None else POSITIVE if before.label else NEGATIVE
                 state = max(state, arrived)
-                positives += [(timestamp, event_id)] if arrived == POSITIVE else []
+                positives += [(before.timestamp, before.event_id)] if arrived == POSITIVE else []
         found[entry.seq] = KnownBefore(state, shown, min(positives, default=None))
     return found
 

@@ -13,19 +13,25 @@ from typing import Any, TypeVar
 
 from service.interactions.counts import LogChange
 from service.interactions.database import FileLock, LogFileError, open_database
+from service.interactions.erasure import Erasure
 from service.interactions.ledger import Ledger
 
 T = TypeVar("T")
 
 WAITING = 512  # jobs; each is a request's batch, and a client waits for it
 A_COMMIT = 64  # jobs of one commit, so that the first of them does not wait for hundreds
-ERASE_S, ERASE_SHARE = 5.0, 50  # the file is written anew at most this often, and at most a fiftieth of the time
+ERASE_S, ERASE_SHARE = 0.05, 4  # between two steps of the erasure: this long, and this many times the step before
+CLOSE_S = 10.0  # a disk that does not answer must not keep the process from ending
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)  # the disk's limit, or one of a quota or of the process
 RETRY_S = 2.0  # between attempts to open a log that could not be opened
 
 
 class LogUnavailableError(Exception):
-    """The log cannot be written now. Nothing is known to be taken; the same ids may be sent again."""
+    """The log cannot be written now. Nothing was taken; the same ids may be sent again."""
+
+
+class LogUnansweredError(LogUnavailableError):
+    """The disk has not said whether it took a write. The same ids may be sent again: what was taken counts once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +71,11 @@ class Writer:
         self._lock: FileLock | None = None
         self._connection: sqlite3.Connection | None = None
         self._ledger: Ledger | None = None
-        self._file = (0, 0)  # device and inode of the file that is open
         self._epoch_begun = False
         self._tried = float("-inf")
+        self._committing = False
+        self._busy_since: float | None = None  # monotonic seconds
+        self._erasure: Erasure | None = None
         self._remnants = False  # bytes of deleted rows may still be in the files
         self._erase_at = float("-inf")
         self.health = LogHealth(False, f"{path}: not opened")
@@ -92,29 +100,48 @@ class Writer:
             job.done.set_exception(LogUnavailableError(f"{self._path}: {WAITING} writes wait for the disk"))
         return job.done
 
+    def busy_s(self) -> float:
+        """Return for how many seconds the disk has not answered; any thread may ask."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def stop(self) -> None:
-        """Do what waits, close the log and end."""
+        """Do what waits, close the log and end; a disk that does not answer is left to the end of the process."""
         if self._thread.is_alive():
-            self._jobs.put(None)
-            self._thread.join()
+            with suppress(queue.Full):
+                self._jobs.put(None, timeout=CLOSE_S)
+            self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         running = True
         while running:
-            waiting = [self._jobs.get()]
-            while len(waiting) < A_COMMIT and not self._jobs.empty():
-                waiting.append(self._jobs.get())
+            self._busy_since = None
+            waiting = self._waiting()
+            self._busy_since = time.monotonic()
             running = None not in waiting
             # Who no longer waits is not written down.
             self._commit([job for job in waiting if job is not None and job.done.set_running_or_notify_cancel()])
-            if self._remnants and time.monotonic() >= self._erase_at:
+            if running and self._remnants and time.monotonic() >= self._erase_at:
                 self._erase()
         self.health = LogHealth(False, f"{self._path}: closed")
         self._close()
+        self._release()
+
+    def _waiting(self) -> "list[_Job | None]":
+        """Wait for jobs, and for the next step of an erasure at the longest."""
+        try:
+            wait_s = max(0.0, self._erase_at - time.monotonic()) if self._remnants else None
+            waiting = [self._jobs.get(timeout=wait_s)]
+        except queue.Empty:
+            return []
+        while len(waiting) < A_COMMIT and not self._jobs.empty():
+            waiting.append(self._jobs.get())
+        return waiting
 
     def _commit(self, jobs: list[_Job]) -> None:
         if not jobs:
             return
+        self._committing = False
         try:
             outcomes = self._transaction(self._open(), jobs)
         except LogUnavailableError as error:
@@ -122,9 +149,12 @@ class Writer:
         except Exception as error:  # whatever it is, who waits must hear of it, and the thread must live
             detail = str(error) if isinstance(error, LogFileError) else f"{self._path}: {error}"
             self.health = LogHealth(False, detail)
-            if not self._undone(error):
+            unknown = self._committing
+            if self._undone(error):
+                unknown = False
+            else:
                 self._close()
-            outcomes = [LogUnavailableError(detail)] * len(jobs)
+            outcomes = [(LogUnansweredError if unknown else LogUnavailableError)(detail)] * len(jobs)
         for job, outcome in zip(jobs, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 job.done.set_exception(outcome)
@@ -152,10 +182,13 @@ class Writer:
                 del ledger.changes[changes:]
                 outcomes.append(error)
             run("RELEASE job")
+        self._committing = True
         run("COMMIT")
+        self._committing = False
         self._epoch_begun = True
         self._on_commit(ledger.changes)
-        self._remnants = self._remnants or any(job.erases for job in jobs)
+        if any(job.erases for job in jobs):
+            self._begin_to_erase()
         self.health = LogHealth(True, f"{self._path}: {ledger.entries()} entries")
         return outcomes
 
@@ -167,32 +200,28 @@ class Writer:
         Raises:
             LogUnavailableError: another file stands at the path, or none.
         """
-        try:
-            found = self._path.stat()
-            if (found.st_dev, found.st_ino) == self._file:
-                return
-        except OSError:
-            pass
+        if self._lock is not None and self._lock.holds(self._path):
+            return
         detail = f"{self._path}: was removed or replaced while in use; put it back, or restart with what is there"
         self.health = LogHealth(False, detail)
         raise LogUnavailableError(detail)
 
-    def _erase(self) -> None:
-        """Write the file anew, so that nothing of deleted rows is left, and empty the write-ahead file.
+    def _begin_to_erase(self) -> None:
+        assert self._erasure is not None
+        self._erasure.begin()
+        self._remnants = True
 
-        SQLite overwrites what is deleted, but not the copies that moving rows between pages has left.
-        """
-        if self._connection is None or self._ledger is None:
+    def _erase(self) -> None:
+        """Go on to erase what deleted rows have left in the files."""
+        if self._erasure is None or self._ledger is None:
+            self._remnants = False  # opening the log begins anew
             return
         started = time.monotonic()
-        with suppress(sqlite3.Error):  # no room, or a reader in the way: later once more
-            self._connection.execute("VACUUM")
-            [busy, *_] = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if not busy:
+        with suppress(sqlite3.Error, OSError):  # no room, or a reader in the way: later once more
+            if self._erasure.step():
                 self._ledger.erased()
                 self._remnants = False
-        # Interactions wait meanwhile: a large log is not written anew all the time.
-        self._erase_at = time.monotonic() + ERASE_S + ERASE_SHARE * (time.monotonic() - started)
+        self._erase_at = time.monotonic() + max(ERASE_S, ERASE_SHARE * (time.monotonic() - started))
 
     def _undone(self, error: Exception) -> bool:
         """Return whether a failed transaction is undone and the connection as good as before."""
@@ -212,12 +241,15 @@ class Writer:
         if time.monotonic() - self._tried < RETRY_S:
             raise LogUnavailableError(self.health.detail)
         self._tried = time.monotonic()
-        self._lock = FileLock(self._path)
+        if self._lock is None or not self._lock.holds(self._path):
+            self._release()
+            self._lock = FileLock(self._path)
         self._connection = open_database(self._path)
-        opened = self._path.stat()
-        self._file = opened.st_dev, opened.st_ino
         self._ledger = Ledger(self._connection, self._attribution_s)
-        self._remnants, self._epoch_begun = self._ledger.remnants(), False
+        self._epoch_begun = False
+        self._erasure = Erasure(self._connection, self._lock.descriptor)
+        if self._ledger.remnants():
+            self._begin_to_erase()
         self._on_open(self._ledger)
         return self._ledger
 
@@ -227,6 +259,9 @@ class Writer:
                 self._connection.close()
             except sqlite3.Error as error:
                 self.health = LogHealth(False, f"{self._path}: {error}")
+        self._connection = self._ledger = self._erasure = None
+
+    def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
-        self._connection = self._lock = self._ledger = None
+        self._lock = None

@@ -33,7 +33,7 @@ class LiveQuality:
     def _join(self, interaction: Interaction, label: bool) -> str:
         if interaction.request_id is None:
             return "no_request"
-        request = self._served.find(interaction.request_id, self._clock())
+        request = self._served.find(interaction.request_id, self._clock(), interaction.user_id)
         if request is None:
             return "unknown_request"
         place = _place(request, interaction)

@@ -9,6 +9,7 @@ import numpy as np
 from models.features import Floats
 
 UNLABELLED = -1
+_Name = tuple[str, str | None]  # a request id and the user of all results, None where there are several
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,55 +60,66 @@ class ServedRequest:
 
 
 class ServedScores:
-    """The latest answers by request id, bounded by their number of scores and by age.
+    """The latest answers by request id and user, bounded by their number of scores and by age.
 
-    A score takes about 100 bytes, most of them the item's id. A request id that comes again stands for the later
-    answer.
+    A score takes about 100 bytes, most of them the item's id. Clients choose request ids and may use one for every
+    request: answers to two users are told apart, and of one user the later answer stands.
     """
 
     def __init__(self, most: int, oldest_s: float) -> None:
         self._most = most
         self._oldest_s = oldest_s
-        self._requests: OrderedDict[str, ServedRequest] = OrderedDict()  # oldest first
+        self._requests: OrderedDict[_Name, ServedRequest] = OrderedDict()  # oldest first
+        self._latest: dict[str, _Name] = {}
         self.scores = 0
 
     def add(self, request_id: str, bundle: str, results: Sequence[ServedScore], now: float) -> None:
         """Keep an answer's results; those of the oldest answers leave where there are too many."""
-        self._drop(request_id)
         if not results:  # would take memory, and count for nothing where that is bounded
+            self._drop(self._latest.get(request_id))
             return
         users = [one.user_id for one in results]
-        self._requests[request_id] = ServedRequest(
+        users = users[:1] if len(set(users)) == 1 else users
+        name = request_id, users[0] if len(users) == 1 else None
+        self._drop(name)
+        self._latest[request_id] = name
+        self._requests[name] = ServedRequest(
             bundle=bundle,
             served_at=now,
             positions_K=np.array([one.position for one in results], np.int32),
-            user_ids=users[:1] if len(set(users)) == 1 else users,
+            user_ids=users,
             item_ids=[one.item_id for one in results],
             scores_K=np.array([one.score for one in results], np.float32),
         )
         self.scores += len(results)
         self.expire(now)
 
-    def find(self, request_id: str, now: float) -> ServedRequest | None:
-        """Return the results of an answer, if they are still kept."""
+    def find(self, request_id: str, now: float, user_id: str | None = None) -> ServedRequest | None:
+        """Return the results of an answer, if they are still kept: the user's, or else the latest of the id."""
         self.expire(now)
-        return self._requests.get(request_id)
+        latest = self._latest.get(request_id)
+        for name in ((request_id, user_id), (request_id, None), latest):
+            if name is not None and name in self._requests:
+                return self._requests[name]
+        return None
 
     def forget(self, user_id: str) -> None:
         """Drop every answer that holds a result of this user."""
-        held = [request_id for request_id, one in self._requests.items() if user_id in one.user_ids]
-        for request_id in held:
-            self._drop(request_id)
+        held = [name for name, one in self._requests.items() if user_id in one.user_ids]
+        for name in held:
+            self._drop(name)
 
     def expire(self, now: float) -> None:
         """Drop what is too old or too much."""
         while self._requests:
-            oldest_id, oldest = next(iter(self._requests.items()))
+            oldest_name, oldest = next(iter(self._requests.items()))
             if self.scores <= self._most and now - oldest.served_at <= self._oldest_s:
                 return
-            self._drop(oldest_id)
+            self._drop(oldest_name)
 
-    def _drop(self, request_id: str) -> None:
-        dropped = self._requests.pop(request_id, None)
-        if dropped is not None:
+    def _drop(self, name: _Name | None) -> None:
+        dropped = None if name is None else self._requests.pop(name, None)
+        if dropped is not None and name is not None:
             self.scores -= len(dropped)
+            if self._latest.get(name[0]) == name:
+                del self._latest[name[0]]

@@ -25,7 +25,7 @@ router = APIRouter(route_class=JsonRoute, tags=["interactions"])
     responses={
         **{status: ERRORS[status] for status in (400, 401, 403, 408, 413, 415, 422, 429)},
         409: {"model": ErrorResponse, "description": "An event id is known with other content; nothing was taken."},
-        503: {**ERRORS[503], "description": "The log cannot be written; nothing was taken."},
+        503: {**ERRORS[503], "description": "The log cannot be written; the message says whether nothing was taken."},
     },
 )
 async def take_interactions(body: InteractionsRequest, request: Request) -> Response:

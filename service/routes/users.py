@@ -19,7 +19,7 @@ router = APIRouter(tags=["admin"])
     responses={
         **{status: ERRORS[status] for status in (401, 403, 422, 429)},
         404: {"model": ErrorResponse, "description": "The path names no user, or one with a line break."},
-        503: {**ERRORS[503], "description": "The log cannot be written; the user is not deleted."},
+        503: {**ERRORS[503], "description": "The log cannot be written; delete the user again."},
     },
 )
 async def delete_user(user_id: str, request: Request) -> Response:

@@ -20,7 +20,7 @@ from tests.serving import wait_for
 pytestmark = pytest.mark.timeout(280)
 
 BODY = {"user_id": "u0", "candidates": ["i1", "i2", "i39"]}
-OURS = ("sella", "sella-gpu", "keys", "bundle", "publish")
+OURS = ("sella", "sella-gpu", "keys", "bundle", "publish", "backup")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,20 @@ def test_it_scores_from_redis_for_who_has_the_key_that_was_made(running: Compose
     metrics = httpx.get(f"{service}/metrics").text.splitlines()
     [looked_up] = [line for line in metrics if line.startswith('sella_store_lookup_seconds_count{source="redis"}')]
     assert float(looked_up.split()[1]) >= 1
+
+
+def test_the_log_is_backed_up_beside_the_service_again_and_again(running: Composed) -> None:
+    service = url(running, "sella:8000")
+    [line] = (running.folder / "keys" / "api_keys").read_text().splitlines()
+    headers = {"X-API-Key": line.split(":")[1]}
+    copy = running.folder / "state" / "backup.sqlite"
+    for number in (1, 2):
+        event = {"event_id": f"e{number}", "user_id": "u9", "item_id": "i1", "timestamp": 1.7e9, "label": True}
+        answer = httpx.post(f"{service}/interactions", json={"interactions": [event]}, headers=headers)
+        assert answer.status_code == 200, answer.text
+        done = running.run("backup")
+        assert done.returncode == 0 and f"{number} events" in done.stdout, done.stderr
+        assert copy.stat().st_mode & 0o777 == 0o600
 
 
 def test_prometheus_scrapes_it_with_the_rules_that_are_mounted(running: Composed) -> None:

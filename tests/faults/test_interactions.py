@@ -1,7 +1,12 @@
 """Interactions while the service is killed, its disk is full or its log is held by another."""
 
+import os
+import re
 import resource
 import signal
+import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +17,10 @@ import httpx
 import pytest
 
 from models.loading import Bundle
+from service.interactions.backup import check
 from service.interactions.database import open_to_read
 from service.interactions.ledger import Ledger
-from tests.serving import Server, wait_for
+from tests.serving import ROOT, Server, wait_for
 
 Start = Callable[..., Server]
 
@@ -143,3 +149,59 @@ def test_a_second_server_scores_without_the_log_and_takes_it_over(start: Start) 
         assert post(other, e1, e2).status_code == 200
         history = other.post("/rank", json={"user_id": "new", "candidates": ["i1"]}).json()["history"]
     assert history["given"] == 2
+
+
+def test_a_backup_beside_the_server_is_restored_after_its_death(start: Start, tmp_path: Path) -> None:
+    log, copy = tmp_path / "log.sqlite", tmp_path / "copy.sqlite"
+
+    def command(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "service.cli", *words, "--interactions", str(log)],
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    server = start()
+    with server.client() as client:
+        assert post(client, *(told(f"old{number}") for number in range(200))).status_code == 200
+        done = command("backup", "--out", str(copy))
+        assert done.returncode == 0 and "200 events" in done.stdout, done.stderr
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+        assert post(client, *(told(f"new{number}") for number in range(200))).status_code == 200
+        refused = command("restore", "--backup", str(copy))
+        assert refused.returncode == 2 and "stop the server first" in refused.stderr
+    server.process.kill()
+    server.process.wait()
+    assert log.with_name("log.sqlite-wal").stat().st_size
+    done = command("restore", "--backup", str(copy))
+    assert done.returncode == 0, done.stderr
+    again = start()
+    with again.client() as client:
+        assert post(client, *(told(f"new{number}") for number in range(200))).json()["accepted"] == 200
+        assert check(log).events == 400
+
+
+def test_a_standard_error_that_nobody_reads_stops_neither_scores_nor_the_end(bundle: Bundle, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service.cli", "run", "--bundle", str(bundle.folder), "--port", "0"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=writer, text=True,
+        env={**os.environ, "SELLA_INTERACTIONS": str(tmp_path / "log.sqlite"), "SELLA_ENGINE_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        os.set_blocking(writer, True)
+        assert process.stdout is not None
+        found = re.search(r"http://[\d.:]+", process.stdout.readline())
+        assert found is not None
+        with httpx.Client(base_url=found[0], timeout=60) as client:
+            wait_for(lambda: client.get("/readyz").status_code == 200, 200)
+            for _ in range(600):  # each a line of two hundred bytes and more; the pipe holds 64 kB
+                assert client.post("/rank", json={"user_id": "u1", "candidates": ["i1"]}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+        os.close(reader)
+        os.close(writer)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import shutil
 import weakref
 from collections.abc import AsyncIterator, Sequence
@@ -302,3 +303,19 @@ async def test_no_path_is_an_error_of_ours(client: httpx.AsyncClient) -> None:
         body = json.dumps({"bundle": path}).encode()
         answer = await client.post("/admin/bundle", content=body, headers={"content-type": "application/json"})
         assert answer.status_code in {400, 422}, (path, answer.text)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "items.parquet", "extra"])
+async def test_a_pipe_in_a_bundle_is_refused_and_nobody_waits_for_its_writer(
+    client: httpx.AsyncClient, family: Family, name: str
+) -> None:
+    broken = family.alike.folder.with_name(f"pipe-{name}")
+    shutil.copytree(family.alike.folder, broken)
+    (broken / name).unlink(missing_ok=True)
+    os.mkfifo(broken / name)
+    try:
+        async with asyncio.timeout(60):
+            answer = await client.post("/admin/bundle", json={"bundle": broken.name})
+        assert answer.status_code == 422 and name in answer.json()["error"]["message"]
+    finally:
+        shutil.rmtree(broken)

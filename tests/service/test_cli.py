@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,13 +14,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from models.loading import Bundle
-from service.cli import _listen
+from service.cli import CUT_OFF, _listen
 from service.settings import Settings
 from tests.service.test_supervised import alive
-from tests.serving import Server, wait_for
+from tests.serving import ROOT, Server, wait_for
 
 BODY = {"user_id": "u0", "candidates": ["i1", {"item_id": "new", "title": "Brand new"}, "i39"]}
 
@@ -137,3 +139,29 @@ def test_a_taken_port_is_one_line(bundle: Bundle) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
             _listen(Settings(bundle=bundle.folder, port=port))
+
+
+def test_a_process_that_cannot_end_is_ended(bundle: Bundle, tmp_path: Path) -> None:
+    """A thread that waits for a disk for ever: here for a pipe, in the executor that Python joins at the end."""
+    program = (
+        "import concurrent.futures, os, sys, threading, uvicorn; from service import cli; from pathlib import Path;"
+        "cli.END_S = 1.0;"
+        "pool = concurrent.futures.ThreadPoolExecutor(); os.mkfifo(sys.argv[1]); pool.submit(open, sys.argv[1]);"
+        "cli.run(Path(sys.argv[2]), None, 0, None, None)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "pipe"), str(bundle.folder)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "SELLA_DRAIN_S": "1", "SELLA_INTERACTIONS": str(tmp_path / "log.sqlite")},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        found = re.search(r"http://[\d.:]+", process.stdout.readline())
+        assert found is not None and httpx.get(f"{found[0]}/livez", timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == CUT_OFF
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()

@@ -4,6 +4,8 @@ import asyncio
 import gc
 import json
 import logging
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import structlog
 from models.loading import Bundle
 from service.app import create_app
 from service.engines.protocol import EngineUnavailableError, JobFailedError
-from service.logs import configure_logs
+from service.logs import WAITING_LINES, PatientHandler, configure_logs
 from service.settings import Settings
 from tests.service.conftest import client_of, collaborators
 from tests.service.echo import EchoEngine
@@ -148,3 +150,56 @@ async def test_debugging_tells_messages(bundle: Bundle, written: Lines) -> None:
         log.exception("failed")
     [line] = written()
     assert USER in line["exception"]
+
+
+class Pipe:
+    """A pipe that nobody reads until it is asked to."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+
+    def read(self, until: bytes) -> bytes:
+        found = b""
+        while until not in found:
+            found += os.read(self.reader, 1 << 16)
+        return found
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    made = Pipe()
+    yield made
+    for one in (made.reader, made.writer):
+        os.close(one)
+
+
+def logger_to(pipe: Pipe) -> tuple[logging.Logger, PatientHandler]:
+    log, handler = logging.Logger("patient"), PatientHandler(os.fdopen(pipe.writer, "w", closefd=False))
+    log.addHandler(handler)
+    return log, handler
+
+
+def test_a_pipe_that_nobody_reads_stops_nobody_and_tells_afterwards_what_is_missing(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.logs.FLUSH_S", 0.2)
+    log, handler = logger_to(pipe)
+    began = time.monotonic()
+    for number in range(WAITING_LINES + 2000):
+        log.warning("%06d %s", number, "x" * 80)  # a pipe holds 64 kB
+    handler.flush()
+    assert time.monotonic() - began < 10
+    text = pipe.read(b"lines_dropped").decode()
+    numbers = [int(line[:6]) for line in text.splitlines() if line[:6].isdigit()]
+    assert numbers == list(range(len(numbers)))  # of what was taken nothing is missing, and in order
+    log.warning("after")
+    assert b"after" in pipe.read(b"after")
+    handler.flush()
+
+
+def test_lines_are_written_before_the_end(pipe: Pipe) -> None:
+    log, handler = logger_to(pipe)
+    for number in range(100):
+        log.warning("line %d", number)
+    handler.flush()
+    assert os.read(pipe.reader, 1 << 16).decode().splitlines() == [f"line {number}" for number in range(100)]

@@ -2,6 +2,7 @@ import time
 from pathlib import Path
 
 import pytest
+from redis import Redis
 from typer.testing import CliRunner
 
 import service.features.publish as publishing
@@ -68,6 +69,13 @@ def test_a_second_publish_writes_nothing_and_again_writes_all(redis: RedisServer
         assert client.strlen(BundleKeys(bundle.id).items + "i0") < size
 
 
+def ttls(client: Redis, keys: BundleKeys) -> list[int]:
+    """Return the seconds that each key of a bundle has left, -1 for no end; a bundle without keys has none to tell."""
+    found = [client.ttl(key) for key in client.scan_iter(f"{keys.prefix}*")]
+    assert len(found) >= 20 + 40 + 1
+    return found
+
+
 def test_a_superseded_bundle_expires_and_going_back_to_it_ends_that(
     redis: RedisServer, bundle: Bundle, newer: Bundle
 ) -> None:
@@ -76,13 +84,13 @@ def test_a_superseded_bundle_expires_and_going_back_to_it_ends_that(
     old, new = BundleKeys(bundle.id), BundleKeys(newer.id)
     with redis.client() as client:
         assert published.expiring == 20 + 40 + 1
-        assert all(0 < client.ttl(key) <= 1001 for key in client.scan_iter(f"{old.prefix}*"))
+        assert all(0 < ttl <= 1001 for ttl in ttls(client, old))
         assert client.hget(old.meta, "complete") == b"1"  # servers that have not switched still look up in it
-        assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{new.prefix}*"))
+        assert all(ttl == -1 for ttl in ttls(client, new))
         assert publish(redis, bundle).expiring == 61
         assert client.get(KEYS.pointer) == bundle.id.encode()
-        assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{old.prefix}*"))
-        assert all(client.ttl(key) > 0 for key in client.scan_iter(f"{new.prefix}*"))
+        assert all(ttl == -1 for ttl in ttls(client, old))
+        assert all(ttl > 0 for ttl in ttls(client, new))
 
 
 def test_a_bundle_made_current_again_while_it_is_given_its_end_keeps_all_its_keys(
@@ -102,7 +110,7 @@ def test_a_bundle_made_current_again_while_it_is_given_its_end_keeps_all_its_key
     assert len(again) == 1
     with redis.client() as client:
         assert client.get(KEYS.pointer) == bundle.id.encode()
-        assert all(client.ttl(key) == -1 for key in client.scan_iter(f"{BundleKeys(bundle.id).prefix}*"))
+        assert all(ttl == -1 for ttl in ttls(client, BundleKeys(bundle.id)))
 
 
 def test_expiring_that_was_cut_short_is_finished_by_a_rerun(
@@ -120,7 +128,7 @@ def test_expiring_that_was_cut_short_is_finished_by_a_rerun(
     with redis.client() as client:
         assert client.ttl(BundleKeys(bundle.id).meta) == -1
         assert publish(redis, newer).already
-        assert all(client.ttl(key) > 0 for key in client.scan_iter(f"{BundleKeys(bundle.id).prefix}*"))
+        assert all(ttl > 0 for ttl in ttls(client, BundleKeys(bundle.id)))
 
 
 def test_a_deleted_user_is_left_out_even_when_deleted_while_they_are_written(

@@ -168,6 +168,21 @@ def test_answers_without_results_take_no_memory() -> None:
     assert served.find("full", 0.0) is not None and served.find("empty", 0.0) is None
 
 
+def test_answers_to_two_users_under_one_request_id_are_told_apart() -> None:
+    live = Live()
+    live.rank("always", "u", a=0.9, b=0.2)
+    live.rank("always", "v", b=0.4, a=0.3)
+    live.report("u", "a", True, request_id="always", position=1)
+    live.report("v", "b", False, request_id="always", position=1)
+    live.report("w", "b", False, request_id="always", position=1)
+    assert live.outcomes() == {"labelled": 2, "other_pair": 1}
+    assert live.served.scores == 4
+    live.live.forget("v")
+    assert live.served.scores == 2
+    live.report("u", "b", False, request_id="always", position=2)
+    assert live.outcomes()["labelled"] == 3
+
+
 def test_a_request_id_that_comes_again_stands_for_the_later_answer() -> None:
     live = Live()
     live.rank("r", "u", a=0.5, b=0.5)

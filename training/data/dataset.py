@@ -159,7 +159,9 @@ def _read_interactions(path: Path, positive_above: float | None, item_ids: pl.Se
         ]
     )
     unknown = ~frame["item_id"].is_in(item_ids.implode())
-    table.reject("item_id", unknown, f"is not in {items_file}", "add the item there or drop the row")
+    missing = frame["item_id"].filter(unknown).n_unique()
+    told = "" if missing == 1 else f"; {missing:,} items are missing"
+    table.reject("item_id", unknown, f"is not in {items_file}", f"add the item there or drop the row{told}")
     return frame
 
 

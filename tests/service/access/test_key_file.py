@@ -1,4 +1,7 @@
+import gc
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,55 @@ def test_a_file_that_everybody_can_read_is_warned_of(path: Path) -> None:
         path.chmod(0o644)
         KeyFile(path, structlog.get_logger())
     assert [(one["event"], one["log_level"]) for one in logs] == [("keys_readable_by_all", "warning")]
+
+
+def test_a_watched_file_is_followed_by_itself_until_nobody_has_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.access.key_file.CHECK_S", 0.01)
+    file = KeyFile(path, structlog.get_logger())
+    thread = file.watch()
+    write(path, f"mail:{B}\n")
+    end = time.monotonic() + 20
+    while names(file) != ["mail"]:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    assert thread.is_alive()
+    del file
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_disk_that_does_not_answer_keeps_nobody_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.access.key_file.CHECK_S", 0.01)
+    file = KeyFile(path, structlog.get_logger())
+    asked, answer, stat = threading.Event(), threading.Event(), Path.stat
+
+    def hangs(self: Path, **more: bool) -> os.stat_result:
+        if self == path:
+            asked.set()
+            answer.wait(20)
+        return stat(self, **more)
+
+    monkeypatch.setattr(Path, "stat", hangs)
+    file.watch()
+    assert asked.wait(20)
+    began = time.monotonic()
+    for _ in range(100):
+        assert names(file) == ["shop"]
+    assert time.monotonic() - began < 1
+    answer.set()
+
+
+def test_a_pipe_is_refused_at_the_start_and_later_and_nobody_waits_for_its_writer(path: Path) -> None:
+    clock = Clock()
+    file = KeyFile(path, structlog.get_logger(), clock)
+    path.unlink()
+    os.mkfifo(path)
+    clock.now = CHECK_S
+    with capture_logs() as logs:
+        assert names(file) == ["shop"]
+    [refused] = logs
+    assert refused["event"] == "keys_refused" and "no regular file" in refused["reason"]
+    for other in (path, path.parent, Path("/dev/null")):
+        with pytest.raises(KeyFileError, match=r"no regular file|Is a directory"):
+            KeyFile(other, structlog.get_logger())

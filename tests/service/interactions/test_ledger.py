@@ -106,7 +106,7 @@ def test_the_newest_outcomes_are_those_of_the_impressions_shown_last() -> None:
         one.take([event("pending", None, NOW + 999), event("other", True, NOW + 999, user_id="u2")], NOW)
         outcomes = one.live(["u1"])["u1"].outcomes
         kept = range(MAX_OUTCOMES, 2 * MAX_OUTCOMES)
-        names = {place: impression_name(f"e{place:03}") for place in kept}
+        names = {place: impression_name(event(f"e{place:03}").impression_id) for place in kept}
         assert outcomes == tuple(KnownOutcome(NOW + place, names[place], "i7", place % 3 == 0) for place in kept)
 
 
@@ -156,7 +156,6 @@ def test_an_event_id_has_one_content() -> None:
     with ledger() as one:
         one.take([first], NOW)
         for change in (
-            {"user_id": "u2"},
             {"item_id": "i8"},
             {"timestamp": NOW + 1},
             {"request_id": "q"},
@@ -173,6 +172,66 @@ def test_an_event_id_has_one_content() -> None:
         with_label = event("e", True, request_id="r", position=1)
         assert one.take([with_label], NOW).verdicts == ("accepted",)
         assert one.take([with_label, first], NOW).verdicts == ("duplicate", "duplicate")
+
+
+def test_an_event_id_is_a_users_own() -> None:
+    """Two clients that number their events from 1 do not know of each other."""
+    with ledger() as one:
+        events = [event("1", None), event("1", True, user_id="u2"), event("1", False, user_id="u3", item_id="i8")]
+        assert one.take(events, NOW).verdicts == ("accepted",) * 3
+        assert one.take(events, NOW).verdicts == ("duplicate",) * 3
+        assert len({each.impression_id for each in events}) == 3
+        assert one.take([event("1", True)], NOW).verdicts == ("accepted",)
+        assert one.counts("user", ["u1", "u2", "u3"]) == {"u1": Counts(1, 1), "u2": Counts(1, 1), "u3": Counts(1, 0)}
+        assert one.counts("item", ["i7"]) == {"i7": Counts(2, 2)}
+        one.delete("u2", NOW, NOW)
+        assert one.live(["u1"])["u1"].likes and one.counts("user", ["u1"]) == {"u1": Counts(1, 1)}
+
+
+def test_a_request_id_that_is_used_again_names_another_impression() -> None:
+    """A client whose request ids are all the same shows the same item at the same place day after day."""
+    with ledger() as one:
+        place, day = {"request_id": "always", "position": 1}, 86_400
+        for number in range(3):
+            one.take([event(f"shown{number}", None, NOW + number * day, **place)], NOW + number * day)
+            assert len(one.expire(NOW + number * day + 60, 10)) == 1
+        one.take([event("click1", True, NOW + day + 5, **place)], NOW + 3 * day)
+        one.take([event("click2", True, NOW + day + 6, **place)], NOW + 3 * day)
+        assert one.counts("user", ["u1"]) == {"u1": Counts(3, 1)}
+        outcomes = one.live(["u1"])["u1"].outcomes
+        assert [(each.shown - NOW, each.positive) for each in outcomes] == [(0, False), (day, True), (2 * day, False)]
+        assert [each.event_id for each in one.live(["u1"])["u1"].likes] == ["click1"]
+        shown = {entry.interaction.impression_id for entry in one.read(0, 99)}
+        assert len(shown) == 3
+        # Told twice within the time that an outcome is waited for, it is one.
+        one.take([event("shown3", None, NOW + 2 * day + 30, **place)], NOW + 4 * day)
+        assert {entry.interaction.impression_id for entry in one.read(0, 99)} == shown
+
+
+def test_a_log_of_the_version_before_is_read_goes_on_and_keeps_its_impressions(tmp_path: Path) -> None:
+    path = tmp_path / "log.sqlite"
+    connection = open_database(path)
+    for statement in (
+        "DROP INDEX entries_event_user",
+        "ALTER TABLE entries DROP COLUMN impression",
+        "CREATE INDEX entries_event ON entries (event_id) WHERE kind = 'event'",
+    ):
+        connection.execute(statement)
+    before = "INSERT INTO entries (kind, event_id, user_id, item_id, label, timestamp, received) VALUES"
+    connection.execute(f"{before} ('event', 'e1', 'u1', 'i7', NULL, {NOW}, {NOW})")
+    connection.execute(f"INSERT INTO impressions VALUES ('e1', 'u1', 'i7', 0, {NOW}, {NOW + 60}, 1, 1, NULL, NULL)")
+    connection.close()
+    connection = open_database(path)
+    one = Ledger(connection, 60.0)
+    assert one.take([event("e1", None)], NOW).verdicts == ("duplicate",)
+    assert one.take([event("e1", True), event("e2", None)], NOW).verdicts == ("accepted",) * 2
+    assert one.counts("user", ["u1"]) == {"u1": Counts(1, 1)}
+    [outcome] = one.live(["u1"])["u1"].outcomes
+    assert outcome.impression == impression_name("e1") and outcome.positive  # as Redis knows it
+    assert [entry.interaction.impression_id for entry in one.read(0, 9)] == ["e1", "e1", "e2\x1fu1"]
+    connection.execute(f"{before} ('event', 'e3', 'u1', 'i7', NULL, {NOW}, {NOW})")  # by that version, gone back to
+    assert one.read(3, 9)[0].interaction.impression_id == "e3"
+    connection.close()
 
 
 def test_looking_for_what_is_old_does_not_read_the_whole_log() -> None:

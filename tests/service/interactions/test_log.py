@@ -1,18 +1,21 @@
 """The log on disk: what is acknowledged stays, what cannot be written is refused whole."""
 
 import asyncio
+import os
 import shutil
 import sqlite3
+import threading
 from contextlib import suppress
 from pathlib import Path
+from time import time as wall
+from typing import Any
 
 import pytest
 
 from service.collaborators import Collaborators
 from service.interactions.database import LogFileError, open_to_read
-from service.interactions.ledger import Counts
-from service.interactions.log import AT_ONCE, EventConflictError, EventLog, LogUnavailableError
-from service.interactions.writer import RETRY_S
+from service.interactions.ledger import Counts, Taken
+from service.interactions.log import EventConflictError, EventLog, LogLimits, LogUnansweredError, LogUnavailableError
 from tests.service.interactions.conftest import DAY_S, LIMITS, NOW, FakeTime, Open, event
 
 pytestmark = pytest.mark.anyio
@@ -21,6 +24,18 @@ pytestmark = pytest.mark.anyio
 async def likes(log: EventLog, user_id: str = "u1") -> list[str]:
     live = await log.live([user_id])
     return [like.event_id for like in live[user_id].likes] if user_id in live else []
+
+
+async def until_erased(log: EventLog) -> None:
+    async with asyncio.timeout(20):
+        while log._writer._remnants:
+            await asyncio.sleep(0.01)
+
+
+async def sweep_all(log: EventLog) -> None:
+    await log.sweep()
+    while log.behind:
+        await log.sweep()
 
 
 async def test_what_was_acknowledged_is_there_after_a_restart(log: EventLog, new_log: Open) -> None:
@@ -34,10 +49,144 @@ async def test_what_was_acknowledged_is_there_after_a_restart(log: EventLog, new
     await again.close()
 
 
-async def test_requests_that_come_together_share_commits(log: EventLog, path: Path) -> None:
-    await asyncio.gather(*(log.append([event(f"e{number}", item_id=f"i{number}")]) for number in range(50)))
-    assert [entry.seq for entry in log.read(0, 100)] == list(range(1, 51))
-    assert len(await likes(log)) == 50
+async def test_requests_that_come_together_share_commits(log: EventLog) -> None:
+    connection = log._writer._connection
+    assert connection is not None
+    free, statements = threading.Event(), list[str]()
+    held = log._writer.submit(lambda _: free.wait(20))
+    while not held.running():
+        await asyncio.sleep(0.001)
+    connection.set_trace_callback(statements.append)
+    together = [asyncio.create_task(log.append([event(f"e{number}", item_id=f"i{number}")])) for number in range(50)]
+    await asyncio.sleep(0.01)
+    free.set()
+    await asyncio.gather(*together)
+    assert statements.count("COMMIT") == 2  # of what held them up, and of all fifty
+    await log.append([event("alone")])
+    assert statements.count("COMMIT") == 3
+    assert [entry.seq for entry in log.read(0, 100)] == list(range(1, 52))
+
+
+async def test_a_write_that_nobody_waits_for_and_that_had_not_begun_is_never_made(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.interactions.log.DISK_S", 0.1)
+    free = threading.Event()
+    held = log._writer.submit(lambda _: free.wait(20))
+    while not held.running():
+        await asyncio.sleep(0.001)
+    with pytest.raises(LogUnavailableError) as refused:
+        await log.append([event("e1")])
+    assert not isinstance(refused.value, LogUnansweredError)
+    free.set()
+    held.result(20)
+    assert (await log.append([event("e2")])).seq == 1
+
+
+async def test_a_write_that_the_disk_has_not_answered_is_told_as_unknown_and_heard_of_later(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.interactions.log.DISK_S", 0.2)
+    first, second = threading.Event(), threading.Event()
+    held = log._writer.submit(lambda _: first.wait(20))
+    while not held.running():
+        await asyncio.sleep(0.001)
+    beside = log._writer.submit(lambda _: second.wait(20))
+    late: list[Taken] = []
+    asked = asyncio.create_task(log.append([event("e1")], late=late.append))
+    await asyncio.sleep(0.01)
+    first.set()
+    with pytest.raises(LogUnansweredError):
+        await asked
+    second.set()
+    beside.result(20)
+    monkeypatch.setattr("service.interactions.log.DISK_S", 20)
+    assert (await log.append([event("e1")])).verdicts == ("duplicate",)
+    assert [one.verdicts for one in late] == [("accepted",)] and len(late[0].resolved) == 1
+
+
+async def test_nothing_is_read_from_a_disk_that_does_not_answer_and_health_says_so(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log.append([event("e1"), event("e2", user_id="u2")])
+    await log.delete("u2")
+    monkeypatch.setattr("service.interactions.log.DISK_S", 0.1)
+    free = threading.Event()
+    held = log._writer.submit(lambda _: free.wait(20))
+    while log.health().ready:
+        await asyncio.sleep(0.01)
+    assert "has not answered" in log.health().detail
+
+    def reading(*_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("service.interactions.ledger.Ledger.live", reading)
+        assert {one: live.deleted_at for one, live in (await log.live(["u1", "u2"])).items()} == {"u2": NOW}
+    free.set()
+    held.result(20)
+    while not log.health().ready:
+        await asyncio.sleep(0.01)
+    assert await likes(log) == ["e1"]
+
+
+class FailsAfterCommit:
+    """A connection whose disk reports an error for a commit that it has written."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def execute(self, statement: str, *more: Any) -> sqlite3.Cursor:
+        done = self._connection.execute(statement, *more)
+        if statement == "COMMIT":
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+            raise error
+        return done
+
+
+async def test_a_commit_that_fails_is_told_as_unknown(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.interactions.writer.RETRY_S", 0.0)
+    connection = log._writer._connection
+    assert connection is not None
+    log._writer._connection = FailsAfterCommit(connection)  # type: ignore[assignment]
+    with pytest.raises(LogUnansweredError, match="disk I/O error"):
+        await log.append([event("e1")])
+    assert (await log.append([event("e1")])).verdicts == ("duplicate",)
+
+
+@pytest.mark.parametrize("other", ["symlink", "hard link", "folder", "spelling"])
+async def test_a_log_has_one_lock_under_all_its_names(
+    log: EventLog, new_log: Open, path: Path, tmp_path: Path, other: str
+) -> None:
+    name = tmp_path / "other.sqlite"
+    if other == "symlink":
+        name.symlink_to(path)
+    elif other == "hard link":
+        name.hardlink_to(path)
+    elif other == "folder":
+        (tmp_path / "folder").symlink_to(tmp_path)
+        name = tmp_path / "folder" / path.name
+    else:
+        name = tmp_path / "." / ".." / tmp_path.name / path.name
+    second = new_log(name)
+    await second.start()
+    with pytest.raises(LogUnavailableError, match="another process writes this log"):
+        await second.append([event("e2")])
+    await second.close()
+    assert (await log.append([event("e1")])).seq == 1
+
+
+async def test_a_pipe_at_the_logs_path_is_refused_at_once(new_log: Open, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    log = new_log(tmp_path / "pipe")
+    async with asyncio.timeout(10):
+        await log.start()
+        assert "no regular file" in log.health().detail
+        await log.close()
 
 
 async def test_a_conflict_takes_nothing_of_its_batch_and_nothing_from_its_neighbours(log: EventLog) -> None:
@@ -68,7 +217,6 @@ async def test_a_log_that_comes_free_is_opened(log: EventLog, new_log: Open, mon
     second = new_log()
     await second.start()
     await log.close()
-    assert RETRY_S > 0
     await second.sweep()
     assert second.health().ready
     await second.close()
@@ -199,6 +347,22 @@ async def test_a_clock_that_is_set_neither_expires_early_nor_doubles(
     await again.close()
 
 
+async def test_retention_is_not_bounded_by_the_number_of_its_rounds(
+    recording: Collaborators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,000 entries a second leave again; the rounds come each second."""
+    monkeypatch.setattr("service.interactions.recorder.SWEEP_S", 0.2)
+    log = recording.interactions._log
+    log._limits = LogLimits(0.0, 0.5)
+    now = wall()
+    for number in range(8):
+        await log.append([event(f"e{number}-{one}", timestamp=now - 10, item_id=f"i{one}") for one in range(500)])
+    began = wall()
+    while log.read(0, 1):
+        assert wall() < began + 4.5
+        await asyncio.sleep(0.05)
+
+
 async def test_a_clock_set_ahead_does_not_empty_the_log(log: EventLog, time: FakeTime) -> None:
     await log.append([event("a")])
     time.wall += 1000 * DAY_S
@@ -208,11 +372,11 @@ async def test_a_clock_set_ahead_does_not_empty_the_log(log: EventLog, time: Fak
 
 async def test_old_events_leave_and_counts_and_tombstones_stay(log: EventLog, time: FakeTime) -> None:
     await log.delete("gone")
-    await log.append([event(f"e{number}", item_id=f"i{number}") for number in range(AT_ONCE // 2)])
+    await log.append([event(f"e{number}", item_id=f"i{number}") for number in range(250)])
     await log.append([event("late", timestamp=NOW + DAY_S)])
     time.passes(LIMITS.retention_s + 10)
     await log.append([event("new")])
-    await log.sweep()
+    await sweep_all(log)
     assert sorted(await likes(log)) == ["late", "new"]
     assert [entry.kind for entry in log.read(0, 9)] == ["deletion", "event", "event"]
     assert log.counts("user", ["u1"]) == {"u1": Counts(252, 252)}
@@ -229,7 +393,7 @@ async def test_a_deleted_user_leaves_no_bytes_and_cannot_come_back_by_retries(lo
         await log.append([*batch, event(f"ahead{number}", user_id="victim", timestamp=NOW + 1000 + number)])
     deleted_at, seq = await log.delete("victim")
     assert deleted_at == NOW + 1029 and log.position().seq == seq
-    await log.sweep()  # comes after what the writer does behind a deletion
+    await until_erased(log)
     content = b"".join(part.read_bytes() for part in path.parent.iterdir())
     assert b"secret" not in content and b"ahead" not in content and b"public0-0" in content
     assert content.count(b"victim") == 3  # the tombstone: its entry, the entry's index, the table of deletions

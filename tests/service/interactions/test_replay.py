@@ -151,7 +151,7 @@ async def test_a_new_table_of_counts_gets_each_impression_of_the_log_whose_outco
     assert await replay.caught_up(taken.seq, 20)
     shared.tables = [CountTable("1", NOW), CountTable("2", NOW + 1)]
     await until(lambda: len(shared.filled) == 2)
-    expected = [one.event_id for one in events if one.label is not None and one.timestamp > NOW]
+    expected = [one.impression_id for one in events if one.label is not None and one.timestamp > NOW]
     assert [one.impression_id for one in shared.told["1"]] == expected and len(expected) > 450
     assert shared.told["2"] == []
-    assert shared.told["1"][0] == Impression("e0001", "u1", "i7", True, NOW + 1)
+    assert shared.told["1"][0] == Impression("e0001\x1fu1", "u1", "i7", True, NOW + 1)
