@@ -382,6 +382,7 @@ class Ledger:
 
 
 def entry_of(row: Sequence[Any]) -> LogEntry:
+    """Return the entry of a row of `ENTRY`."""
     seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position, impression = row
     told = None if label is None else bool(label)
     if impression == "":  # of an earlier version, whose impressions without a request had the event's id
