@@ -248,5 +248,5 @@ def _leave_files(backbone: Backbone) -> None:
 def _check_finite(backbone: Backbone, where: str) -> None:
     """Raise BundleError if a weight is not finite: a token that the probe's prompts lack would show it much later."""
     for name, tensor in backbone.causal_lm.named_parameters():
-        if not bool(torch.isfinite(torch.stack((tensor.detach().min(), tensor.detach().max()))).all()):
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):
             raise BundleError(f"{where}: tensor '{name}' holds a value that is not finite")

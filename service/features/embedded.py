@@ -1,4 +1,4 @@
-"""The bundle's own tables as a store: memory-mapped, in this process, no server needed."""
+"""The bundle's own tables as a store: memory of this process, no server needed."""
 
 import time
 from collections.abc import Iterable

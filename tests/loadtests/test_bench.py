@@ -1,17 +1,25 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from loadtests.bench.measure import Case, Measurer, matrix_seconds
 from loadtests.bench.report import lines
 from loadtests.bench.scorers import Naive, Packed, Reference
 from loadtests.bench.shapes import MODELS, SHAPES, ModelShape, PromptShape, request
 from loadtests.bench.weights import load, save
+from models.backbone import Backbone, load_backbone
+from models.probe import probe
+from models.segments import Segment
+from models.template import Template, TemplateConfig
+from tests.tiny import tiny_tokenizer
 
 SMALL = ModelShape("small", 64, 96, 2, 4, 2, 200, True, "float32")
 SHORT = PromptShape("short", 20, 7, (5,))
@@ -33,6 +41,40 @@ def test_every_scorer_gives_the_same_scores(weights: Path) -> None:
         assert first.std() > 0
         for other in others:
             np.testing.assert_allclose(other, first, atol=1e-5)
+
+
+def test_the_naive_scorer_pads_unlike_lengths_rightly(weights: Path) -> None:
+    backbone, projections = load(SMALL, weights, "cpu")
+    group = request(SMALL, SHORT, 40, user=1, draw=0)
+    branches = [
+        replace(one, segment=Segment((one.segment.token_ids * 9)[: 2 + 7 * place % 50], one.segment.slots))
+        for place, one in enumerate(group.pack.branches)
+    ]
+    unlike = replace(group, pack=replace(group.pack, branches=tuple(branches)))
+    first, *others = (kind(backbone, projections).score(unlike) for kind in (Reference, Naive, Packed))
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-5)
+
+
+def test_no_scorer_needs_a_special_token(weights: Path, tmp_path: Path) -> None:
+    """GPT-2's and Pythia's tokenizers have no padding; this one has no special token at all."""
+    _, projections = load(SMALL, weights, "cpu")
+    fields = json.loads(tiny_tokenizer().backend_tokenizer.to_str()) | {"added_tokens": []}
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(fields)))
+    assert not bare.all_special_tokens and bare.pad_token is None
+    config = Qwen2Config(
+        vocab_size=len(bare), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    made = Backbone(Qwen2ForCausalLM(config), bare)
+    made.save(tmp_path / "bare")
+    loaded = load_backbone(tmp_path / "bare")
+    probe(loaded, Template(TemplateConfig(), loaded.encoder))
+    small = replace(SMALL, vocabulary=len(bare))
+    group = request(small, SHORT, 5, user=1, draw=0)
+    first, *others = (kind(loaded, projections).score(group) for kind in (Reference, Naive, Packed))
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-5)
 
 
 def test_tokens_are_those_computed(weights: Path) -> None:

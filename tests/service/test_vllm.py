@@ -1,6 +1,7 @@
 """What vLLM is told: its prompts and its arguments. Its answers are tested in `tests/vllm`."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.projection import Projections, Verbatim
 from models.scoring_model import ScoringModel
 from models.segments import SlotKind
 from models.template import PromptKind, Title
+from service.bundles.handle import open_parts
 from service.cli import app
 from service.engines.choice import core_config, open_engine
 from service.engines.lifecycle import Supervision
@@ -190,6 +192,37 @@ async def test_the_prefix_cache_is_dropped_as_soon_as_no_block_is_in_use_and_new
     await asyncio.sleep(0.2)
     assert cache.dropped == 1
     await core.close()
+
+
+@pytest.mark.anyio
+async def test_its_logits_are_compared_with_the_packed_models_before_a_bundle_is_served(
+    bundle: Bundle, assembler: Assembler, projections: Projections, model: ScoringModel
+) -> None:
+    proof, supervision = open_parts(bundle).proof, Supervision(forward_limit_s=60, load_limit_s=60)
+    source = PackedSource((BundlePlace(bundle.folder, bundle.id, proof),), "cpu", 1, 1024, 0)
+    distiller = SupervisedEngine(source, supervision, structlog.get_logger())
+    writer = PromptWriter(projections, torch.float32, "weights")
+    config = core_config(Settings(bundle=bundle.folder), bundle, assembler.template)
+    engine = VllmEngine(
+        config, {bundle.id: writer}, lambda _: writer, distiller, [], supervision, structlog.get_logger()
+    )
+    await distiller.start()
+    await distiller.ready()
+    [logits_K] = model.logits([proof])
+
+    class Core(VllmCore):
+        def __init__(self, answers: np.ndarray) -> None:
+            self.answers = answers
+
+        async def ask(self, prompts: Sequence[MixedPrompt]) -> list[float]:
+            assert len(prompts) == len(self.answers)
+            return [float(one) for one in self.answers]
+
+    await engine._prove(Core(logits_K), bundle.id, proof)
+    for wrong in (logits_K + 1, logits_K[::-1], np.zeros_like(logits_K)):
+        with pytest.raises(EngineBrokenError, match="the prompt that proves it: its logits"):
+            await engine._prove(Core(wrong), bundle.id, proof)
+    await distiller.close()
 
 
 def test_an_answer_is_the_difference_of_log_probabilities(bundle: Bundle, assembler: Assembler) -> None:
