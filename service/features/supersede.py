@@ -71,9 +71,12 @@ def remove_stale_counts(client: "redis.Redis", keys: Keys, tick: Callable[[int],
         bundle = keys.bundle(bundle_id)
         stale, number = client.hmget(bundle.meta, ["stale", "counts"])
         if stale is not None and number is not None:
-            current = f"{bundle.counts}{_text(number)}:".encode()
-            tables = client.scan_iter(f"{bundle.counts}*", _SCANNED)
-            for some in _chunks(key for key in tables if not key.startswith(current)):
+            older = (
+                key
+                for key in client.scan_iter(f"{bundle.counts}*", _SCANNED)
+                if int(_text(key).removeprefix(bundle.counts).partition(":")[0]) < int(number)
+            )
+            for some in _chunks(older):
                 client.unlink(*some)
                 tick(len(some))
             client.hdel(bundle.meta, "stale")

@@ -94,3 +94,18 @@ async def test_impressions_of_an_earlier_version_end_sooner(redis: RedisServer) 
             while await client.ttl(KEYS.impression + "old") > 4500:
                 await asyncio.sleep(0.02)
         assert await client.ttl(KEYS.impression + "new") <= 60
+
+
+async def test_tables_of_counts_in_whose_place_others_began_are_removed(redis: RedisServer, bundle: Bundle) -> None:
+    publish(redis, bundle)
+    keys = BundleKeys(bundle.id)
+    with redis.client() as plain:
+        plain.hset(keys.meta, mapping={"counts": 10, "stale": 1})
+        for number in (9, 10, 11):  # another may begin meanwhile
+            plain.hset(f"{keys.counts}{number}:u:u1", "impressions", 1)
+    async with present(redis, {bundle.id}, Metrics()) as client:
+        async with asyncio.timeout(20):
+            while await client.hexists(keys.meta, "stale"):  # type: ignore[misc]
+                await asyncio.sleep(0.02)
+        left = {key.decode().removeprefix(keys.counts) async for key in client.scan_iter(f"{keys.counts}*")}
+    assert left == {"10:u:u1", "11:u:u1"}

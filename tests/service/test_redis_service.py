@@ -15,7 +15,9 @@ import pytest
 from models.loading import Bundle
 from models.scoring_model import ScoringModel
 from service.engines.packed import PackedModel
+from service.features.choice import LATE_S
 from service.features.keys import Keys
+from service.settings import DAY_S
 from tests.redis_server import RedisServer
 from tests.service.conftest import client_of, collaborators
 from tests.service.direct import DirectEngine
@@ -24,6 +26,7 @@ from tests.service.published import publish
 from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.anyio
+KEYS = Keys()
 
 ASKED = {"user_id": "u1", "candidates": ["i3", "i4", "i39", {"item_id": "new", "title": "Brand new"}]}
 
@@ -227,3 +230,18 @@ async def test_fleets_on_one_database_with_prefixes_of_their_own_share_nothing(
             await asyncio.sleep(0.02)
         with redis.client() as client:
             assert {key.partition(b":")[0] for key in client.scan_iter("*")} == {b"films", b"books"}
+
+
+async def test_redis_keeps_an_impression_for_its_window_and_a_like_for_the_retention(
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path
+) -> None:
+    publish(redis, bundle)
+    settings = {"store": redis.url, "redis_timeout_ms": 5000, "attribution_s": 60, "retention_days": 10}
+    async with served(bundle, model, interactions=tmp_path / "a", **settings) as one:
+        await told(one, "e1")
+        with redis.client() as client:
+            while not client.exists(KEYS.likes + "somebody"):
+                await asyncio.sleep(0.02)
+            [impression] = client.scan_iter(f"{KEYS.impression}*")
+            assert 0 < client.ttl(impression) <= 60 + LATE_S
+            assert client.ttl(KEYS.likes + "somebody") > 9 * DAY_S
