@@ -28,7 +28,7 @@ T = TypeVar("T")
 DISK_S = 10.0  # a disk that takes longer counts as gone; the client sends the same ids again
 # Expiries and prunings of one commit end after this time, so that interactions do not wait behind them: each touches
 # several pages anywhere in the file.
-SWEEP_S, AT_ONCE = 0.012, 25
+ROUND_S, AT_ONCE = 0.012, 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +166,10 @@ class EventLog:
             old = min(now, self._clock.wall()) - self._limits.retention_s
             pruned, expired = AT_ONCE, AT_ONCE
             resolved: list[Resolved] = []
-            until = time.monotonic() + SWEEP_S
+            until = time.monotonic() + ROUND_S
             while pruned == AT_ONCE and time.monotonic() < until:
                 pruned = ledger.prune(old, AT_ONCE)
-            until = time.monotonic() + SWEEP_S
+            until = time.monotonic() + ROUND_S
             while expired == AT_ONCE and time.monotonic() < until:
                 some = ledger.expire(now, AT_ONCE)
                 resolved += some
