@@ -56,7 +56,7 @@ SELECT user_id, item_id, state = 2, at FROM (
 """
 _QUERIES = {"interactions": _OUTCOMES, "deleted_users": "SELECT user_id, deleted_at FROM deletions ORDER BY user_id"}
 ROWS_AT_ONCE = 65_536
-CACHE_KB = 65_536  # of the joined impressions; what is more waits on disk
+CACHE_KB = 16_384  # of the joined impressions; what is more waits on disk
 _SCHEMAS: dict[str, dict[str, type[pl.DataType]]] = {
     "interactions": {"user_id": pl.String, "item_id": pl.String, "label": pl.Int8, "timestamp": pl.Float64},
     "deleted_users": {"user_id": pl.String, "deleted_at": pl.Float64},

@@ -31,7 +31,7 @@ DISK_S = 10.0  # a disk that takes longer counts as gone; the client sends the s
 LASTING = 0.9  # of the retention: what is younger cannot have ended elsewhere by a clock's difference
 # Expiries and prunings of one commit end after this time, so that interactions do not wait behind them: each touches
 # several pages anywhere in the file.
-SWEEP_S, AT_ONCE = 0.012, 25
+ROUND_S, AT_ONCE = 0.012, 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +164,10 @@ class EventLog:
             old = min(now, self._clock.wall()) - self._limits.retention_s
             pruned, expired = AT_ONCE, AT_ONCE
             resolved: list[Resolved] = []
-            until = time.monotonic() + SWEEP_S
+            until = time.monotonic() + ROUND_S
             while pruned == AT_ONCE and time.monotonic() < until:
                 pruned = ledger.prune(old, AT_ONCE)
-            until = time.monotonic() + SWEEP_S
+            until = time.monotonic() + ROUND_S
             while expired == AT_ONCE and time.monotonic() < until:
                 some = ledger.expire(now, AT_ONCE)
                 resolved += some

@@ -36,6 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("path")
     sizes = [part for name, size in SIZES.items() for part in (f"--{name.replace('_', '-')}", size)]
     sella_train("prepare", "synthetic", "--out", folder / "data", *sizes)
+    items = pl.read_parquet(folder / "data" / "items.parquet")
+    never = pl.DataFrame(
+        {"item_id": [f"never-{one}" for one in range(20)], "title": [f"Unseen {one}" for one in range(20)]}
+    )
+    pl.concat([items, never], how="diagonal").write_parquet(folder / "data" / "items.parquet")
     (folder / "micro.json").write_text(json.dumps(MICRO))
     options = ("--config", folder / "micro.json", "--backbone", "tiny", "--out", folder / "bundle")
     sella_train("fit", "--data", folder / "data", *options)
@@ -83,12 +88,13 @@ def test_what_was_trained_is_served_and_explained_with_one_score(folder: Path, s
     items = pl.read_parquet(folder / "data" / "items.parquet")["item_id"].to_list()
     warm_user = train["user_id"][0]
     cold_item = next(item for item in items if item not in set(train["item_id"]))
-    candidates: list[Any] = [train["item_id"][0], cold_item, {"item_id": "brand new", "title": "A Brand New Title"}]
+    new = {"item_id": "brand new", "title": "A Brand New Title"}
+    candidates: list[Any] = [train["item_id"][0], cold_item, new, "never-7"]  # the last without any interaction
 
     ranked = server.client.post("/rank", json={"user_id": warm_user, "candidates": candidates})
     assert ranked.status_code == 200, ranked.text
     results = ranked.json()["results"]
-    assert sorted(one["item_id"] for one in results) == sorted([candidates[0], cold_item, "brand new"])
+    assert sorted(one["item_id"] for one in results) == sorted([candidates[0], cold_item, "brand new", "never-7"])
     assert [one["score"] for one in results] == sorted((one["score"] for one in results), reverse=True)
 
     pairs = [
@@ -99,9 +105,11 @@ def test_what_was_trained_is_served_and_explained_with_one_score(folder: Path, s
     assert scored.status_code == 200, scored.text
 
     by_item = {one["item_id"]: one for one in results}
+    assert by_item["never-7"]["cold_item"] and not by_item["never-7"]["unknown_item"]
     answers = scored.json()["results"]
     for answer, described in (
         (by_item[candidates[0]], explained(folder, warm_user, candidates[0])),
+        (by_item["never-7"], explained(folder, warm_user, "never-7")),
         (by_item["brand new"], explained(folder, warm_user, "brand new", "--title", "A Brand New Title")),
         (answers[0], explained(folder, pairs[0]["user_id"], pairs[0]["item_id"])),
         (answers[1], explained(folder, "nobody", items[0], "--history", ",".join(items[1:4]))),
