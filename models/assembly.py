@@ -73,9 +73,10 @@ class Assembler:
         self.template = template
         self.prior = prior
         # Catalogue titles recur in every request; each is tokenized once.
-        self._title = lru_cache(maxsize=title_cache)(lambda text: template.titles([text])[0])
+        title = self._title = lru_cache(maxsize=title_cache)(lambda text: template.titles([text])[0])
+        # Not through self: a cycle would keep a freed bundle's caches until the next full garbage collection.
         self._candidate = lru_cache(maxsize=title_cache)(
-            lambda text: template.candidate(PromptKind.PROJECT, self.title(text))
+            lambda text: template.candidate(PromptKind.PROJECT, title(text))
         )
 
     def title(self, text: str) -> Title:

@@ -66,6 +66,17 @@ class Settings(BaseSettings):
         description="Address to listen on. Loopback: any other is refused without a file of keys.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="A second port, with /metrics, /docs, /openapi.json and the details of /readyz without a key, and"
+        " nothing else; for Prometheus, and not for clients. 0 takes a free one. Unset: they are on the port itself,"
+        " for whoever has a key.",
+    )
+    metrics_host: str | None = Field(
+        default=None, min_length=1, description="Address of the metrics port. Unset: the same as the other port's."
+    )
     engine: Literal["packed", "vllm"] = Field(
         default="packed",
         description="What computes the scores. packed runs everywhere and computes a request's shared part once.",
@@ -183,6 +194,12 @@ class Settings(BaseSettings):
         default=1000,
         ge=0,
         description="Entries of one history. Far over the prompt's window: clients may send all they know.",
+    )
+    max_histories: int = Field(
+        default=20_000,
+        ge=0,
+        description="Entries of all histories of one /score request together: a thousand pairs with twenty each, twenty"
+        " with a thousand. More is half a second of work and more before the first token.",
     )
     max_title: int = Field(
         default=512, ge=1, description="Characters of one title; about four times what the prompt's title cap keeps."
@@ -331,11 +348,11 @@ class Settings(BaseSettings):
     def _store_address(cls, value: str) -> str:
         return value if value == EMBEDDED else check_url(value)
 
-    @field_validator("host")
+    @field_validator("host", "metrics_host")
     @classmethod
-    def _host_name(cls, value: str) -> str:
+    def _host_name(cls, value: str | None) -> str | None:
         try:
-            value.encode("idna")
+            (value or "").encode("idna")
         except UnicodeError as error:
             raise ValueError("no host name") from error
         return value

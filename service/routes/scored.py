@@ -16,6 +16,7 @@ from service.bundles.shadow import sample
 from service.collaborators import Collaborators, collaborators_of
 from service.engines.protocol import EngineUnavailableError
 from service.errors import ClientGoneError
+from service.intake import TIMEOUT_HEADER
 from service.metrics.registry import bundle_label
 from service.metrics.scored import Tally
 from service.quality.served import ServedScore
@@ -28,7 +29,7 @@ T = TypeVar("T")
 TimeoutHeader = Annotated[
     int | None,
     Header(
-        alias="X-Request-Timeout-Ms",
+        alias=TIMEOUT_HEADER,
         ge=1,
         le=600_000,
         description="Milliseconds until the answer is of no use; then the work is dropped and 504 returned.",

@@ -17,7 +17,6 @@ import pytest
 
 from models.loading import Bundle
 from service.cli import _listen
-from service.settings import Settings
 from tests.service.test_supervised import alive
 from tests.serving import Server, wait_for
 
@@ -136,4 +135,4 @@ def test_a_taken_port_is_one_line(bundle: Bundle) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
-            _listen(Settings(bundle=bundle.folder, port=port))
+            _listen("127.0.0.1", port)
