@@ -10,7 +10,7 @@ from service.intake import JsonRoute
 from service.quality.served import ServedScore
 from service.questions import questions_of_score
 from service.routes.documented import ERRORS
-from service.routes.scored import TimeoutHeader, answer_with, remember, score_for
+from service.routes.scored import TimeoutHeader, answer_with, breathe, remember, score_for
 from service.schemas import ScoreRequest
 
 # Entries of histories that are sorted out at once; each takes some microseconds.
@@ -31,6 +31,7 @@ async def score_pairs(body: ScoreRequest, request: Request, timeout_ms: TimeoutH
     else:
         questions, places = questions_of_score(body, settings)
     scored = await score_for(request, questions, body.on_unknown, timeout_ms, explain=body.explain)
+    await breathe(len(places))
     results = []
     for index, (question, candidate) in enumerate(places):
         answer = scored.answers[question]
@@ -46,4 +47,5 @@ async def score_pairs(body: ScoreRequest, request: Request, timeout_ms: TimeoutH
                 )
             )
     remember(request, scored, [ServedScore(one.index, one.user_id, one.item_id, one.score) for one in results])
+    await breathe(len(results))
     return answer_with(ScoreResponse(results=results, **scored.common()), scored)

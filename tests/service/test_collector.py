@@ -10,9 +10,12 @@ from models.loading import Bundle
 from service.bundles.handle import open_parts
 from service.collector import freeze_tables
 
+# Two million lists take some 50 ms of a collection; tables of a million items are half a second.
 PROGRAM = """
 import gc, time
-from service.collector import LONG_S, freeze_tables
+from service import collector
+
+collector.LONG_S = 0.005
 
 def pause():
     began = time.perf_counter()
@@ -20,12 +23,12 @@ def pause():
     return time.perf_counter() - began
 
 table = [[] for _ in range(2_000_000)]
-assert pause() > LONG_S
-freeze_tables()
-assert pause() < LONG_S
+whole = pause()
+collector.freeze_tables()
+assert pause() < whole / 5
 later = [[] for _ in range(2_000_000)]  # a bundle that is loaded afterwards costs one pause
 pauses = [pause() for _ in range(3)]
-assert pauses[0] > LONG_S and max(pauses[1:]) < LONG_S, pauses
+assert max(pauses[1:]) < whole / 5, (whole, pauses)
 """
 
 
