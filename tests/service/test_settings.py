@@ -37,6 +37,11 @@ def test_a_value_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         ("HOST", ""),
         ("HOST", "é" * 70),
         ("ENGINE_THREADS", "99999999"),
+        # Numbers that only overflow in use.
+        *((name, "1" + "0" * 400) for name in ("CACHE_MB", "ITEM_CACHE_MB", "BATCH_TOKENS", "QUEUE_TOKENS")),
+        *((f"MAX_{name}", "9" * 20) for name in ("PAIRS", "CANDIDATES", "HISTORY", "HISTORIES", "TITLE", "BODY")),
+        ("METRICS_PORT", "65536"),
+        ("METRICS_HOST", ""),
     ],
 )
 def test_what_would_only_fail_later_is_refused_at_the_start(
