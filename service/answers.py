@@ -276,6 +276,12 @@ class RoleReadiness(Message):
     state: str
 
 
+class Ready(Message):
+    """Whether a request would be scored now: all that a stranger is told."""
+
+    ready: bool
+
+
 class Readiness(Message):
     """Whether a request would be scored now, and what stands in its way."""
 
@@ -285,6 +291,7 @@ class Readiness(Message):
     engine: EngineReadiness
     store: StoreReadiness
     interactions: InteractionsReadiness
+    background: list[str] = Field(description="Background tasks that died: restart the service.")
     beside: list[RoleReadiness]
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from service.access.gate import Access, Gate
+from service.background import begin, listen
+from service.bodies import Bodies
 from service.collaborators import Collaborators
 from service.engines.protocol import EngineBrokenError
 from service.errors import install_error_handlers
@@ -16,6 +18,7 @@ from service.features.presence import Presence
 from service.intake import Intake
 from service.metrics.registry import build_version
 from service.routes import admin, health, interactions, rank, score, users
+from service.routes.documented import document_keys
 from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -59,17 +62,18 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        listen(service.log, service.background)
+        app.openapi()  # here, and not while requests wait
         await service.interactions.start()
         await service.bundles.current.engine.start()
-        watch = asyncio.create_task(_watch(service, on_broken))
-        follow = asyncio.create_task(_follow(service))
-        tell = asyncio.create_task(_tell_served(service))
+        watch = begin(_watch(service, on_broken), "engine watch")
+        follow = begin(_follow(service), "pointer watch")
+        tell = begin(_tell_served(service), "presence in the store")
         yield
         service.bundles.stopping = True
         for task in (watch, follow, tell):
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.gather(task, return_exceptions=True)  # one that died was told of
         await service.changes.close()
         await service.shadow.close()
         await service.changes.free()
@@ -89,6 +93,7 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.collaborators = service
+    app.state.bodies = Bodies(service.settings)
     service.interactions.on_outcome = service.quality.on_outcome
     service.interactions.on_deleted = service.forget
     access = access or Access.open(service.settings, service.log)
@@ -102,6 +107,7 @@ def create_app(
     install_error_handlers(app, service.metrics, service.log)
     for routes in (score, rank, interactions, users, health, admin):
         app.include_router(routes.router)
+    document_keys(app)
     return app
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, cast
@@ -28,6 +29,7 @@ from service.bundles.memory import warn_if_short
 from service.bundles.registry import Bundles
 from service.bundles.shadow import Shadow
 from service.collaborators import Collaborators
+from service.collector import freeze_tables
 from service.connections import Connections, room_for_connections
 from service.features.choice import Stores
 from service.features.publish_command import publish
@@ -86,17 +88,22 @@ def run(
         opened = Bundle.open(settings.bundle)
         connections = Connections(settings, room_for_connections(settings, log), metrics.connections)
         collaborators = _collaborators(settings, opened, metrics, log, quality)
-        listener = _listen(settings)
+        listener = _listen(settings.host, settings.port)
+        metrics_listener = None
+        if settings.metrics_port is not None:
+            metrics_listener = _listen(settings.metrics_host or settings.host, settings.metrics_port)
+            access = replace(access, metrics_port=metrics_listener.getsockname()[1])
     except (SettingsError, KeyFileError, BundleError, BackboneError, TokenizerError, OSError) as error:
         _give_up(str(error))
-    address, free_port = listener.getsockname()[:2]
-    url = f"http://{f'[{address}]' if ':' in address else address}:{free_port}"
+    url = _url(listener)
     sizes = opened.manifest.dimensions
     typer.echo(
         f"sella {build_version()}: bundle {opened.id[:12]} ({sizes.users} users, {sizes.items} items) on {url} - "
         f"the model is loading; {url}/readyz says when it is ready, {url}/docs what to send"
+        + ("" if metrics_listener is None else f"; metrics are on {_url(metrics_listener)}")
     )
-    reason = _serve(collaborators, access, connections, listener, traces)
+    listeners = [one for one in (listener, metrics_listener) if one is not None]
+    reason = _serve(collaborators, access, connections, listeners, traces)
     if reason:
         _give_up(reason)
 
@@ -123,12 +130,17 @@ def _collaborators(
     return Collaborators(settings, bundles, changes, shadow, metrics, log, interactions, quality, stores)
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def _url(listener: socket.socket) -> str:
+    address, port = listener.getsockname()[:2]
+    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     # Every connection takes these over. Left alone, the kernel keeps up to several megabytes for each client that does
     # not read, and the service never learns that it does not.
     for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -140,7 +152,7 @@ def _serve(
     collaborators: Collaborators,
     access: Access,
     connections: Connections,
-    listener: socket.socket,
+    listeners: list[socket.socket],
     traces: "Traces | None",
 ) -> str:
     """Serve until a signal; return why the model can never be served, or ""."""
@@ -168,8 +180,9 @@ def _serve(
     # process then ends with 0 and not by the signal, and no signal is lost before uvicorn installs it.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, server.handle_exit)
+    freeze_tables()
     log.info("starting", bundle_id=collaborators.bundles.current.bundle_id, version=build_version())
-    server.run(sockets=[listener])
+    server.run(sockets=listeners)
     log.info("stopped")
     return broken[0] if broken else ""
 

@@ -1,6 +1,6 @@
 """What the routes work with: passed in when the application is made, so that tests put fakes here."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import structlog
 from fastapi import Request
@@ -29,6 +29,7 @@ class Collaborators:
     interactions: Recorder
     quality: LiveQuality
     stores: Stores
+    background: list[str] = field(default_factory=list)  # background tasks that died
 
     def forget(self, user_id: str) -> None:
         """Forget what is kept in memory of a user who was deleted: served scores, keys and values of prompts."""
@@ -42,12 +43,13 @@ class Collaborators:
             engine = handle.engine.health()
             store = await handle.store.health()
             return Readiness(
-                ready=engine.ready and store.ready and not self.bundles.stopping,
+                ready=engine.ready and store.ready and not self.bundles.stopping and not self.background,
                 stopping=self.bundles.stopping,
                 bundle_id=handle.bundle_id,
                 engine=EngineReadiness(state=engine.state, detail=engine.detail, restarts=engine.restarts),
                 store=StoreReadiness(**asdict(store)),
                 interactions=InteractionsReadiness(**asdict(self.interactions.health())),
+                background=list(self.background),
                 beside=[
                     RoleReadiness(
                         role=role,

@@ -7,6 +7,7 @@ one phase, a phase has a limit, and one sweep a second ends what is over it.
 
 import asyncio
 import logging
+import re
 import resource
 import socket
 import struct
@@ -30,9 +31,15 @@ SWEEP_S = 1.0
 # Files that are no connections: the listener, the event loop's, pipes to the worker, tables, logs, those of a restart.
 RESERVED_FILES = 128
 MIN_CONNECTIONS = 8
+# Of a request's line and headers together, and of the headers' number. A browser's are some kilobytes, some thirty.
+MAX_HEAD = 65_536
+MAX_HEADERS = 200
 RESET = struct.pack("ii", 1, 0)  # linger, for no time
 # uvicorn warns of each request that is no HTTP or offers an upgrade. A client must not be able to fill the log.
 LOGGER = "uvicorn.error.connections"
+
+
+_HEAD_END = re.compile(rb"\n\r?\n")
 
 
 class Phase(Enum):
@@ -46,6 +53,20 @@ class Phase(Enum):
     REST = "the end of a body that was answered before it had all come"
     IDLE = "another request"
     CLOSING = "its last bytes to be read"
+
+
+class _BoundedHead(h11.Connection):
+    """h11, with one bound of a head. Its own is of what is incomplete: what comes in one packet passes it."""
+
+    def next_event(self) -> Any:
+        """Return the next event; a head over the bound is an error before it is parsed."""
+        if self.their_state is h11.IDLE:
+            waiting = self.trailing_data[0]
+            end = _HEAD_END.search(waiting)
+            head = waiting if end is None else waiting[: end.end()]
+            if len(head) > MAX_HEAD or head.count(b"\n") > MAX_HEADERS + 2:
+                raise h11.RemoteProtocolError("the head of the request is too long")
+        return super().next_event()
 
 
 class Connections:
@@ -128,6 +149,7 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, connections: Connections, **given: Any) -> None:
         super().__init__(**given)
+        self.conn = _BoundedHead(h11.SERVER, MAX_HEAD)
         self.logger = logging.getLogger(LOGGER)
         self.phase = Phase.SILENT
         self.since = self.loop.time()
@@ -180,6 +202,8 @@ class BoundedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP in the shape of every error, and close; uvicorn's answer is text, and may raise."""
         self._connections.invalid()
+        if self.cycle is not None:
+            self.cycle.scope["state"]["invalid_http"] = True  # the client did not leave
         self._leave_request()
         self._tell(400, "invalid_http", "this is no HTTP/1.1 request that can be understood")
         self.transport.close()

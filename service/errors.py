@@ -33,6 +33,16 @@ class RequestError(Exception):
         self.field = field
 
 
+class InvalidJsonError(RequestError):
+    """A body that is not JSON in UTF-8."""
+
+    status = 400
+    code = "invalid_json"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{_HTTP_MESSAGES['invalid_json']}: {reason}")
+
+
 class UnknownItemError(RequestError):
     """An item that is not in the catalogue, and no title to score it from."""
 
@@ -79,7 +89,7 @@ class ChangeRunningError(RequestError):
 
 
 class BodyTooLargeError(HTTPException):
-    """A body over the limit. An HTTPException, because FastAPI lets no other pass while it reads a body."""
+    """A body over the limit."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(413, f"the body is longer than {limit} bytes; send fewer items a request")
@@ -103,6 +113,10 @@ class ClientGoneError(Exception):
     """The client closed the connection before its answer; nobody will read what is returned."""
 
 
+class BodyCutOffError(ClientGoneError):
+    """The client left in the middle of its body: anybody can, at no cost, so it is counted and not logged."""
+
+
 _HTTP_CODES = {
     400: "invalid_json",
     404: "not_found",
@@ -111,9 +125,10 @@ _HTTP_CODES = {
     413: "body_too_large",
     415: "unsupported_media_type",
 }
+NOT_FOUND = "no such route; /docs lists them"
 _HTTP_MESSAGES = {
     "invalid_json": "the body is not readable JSON in UTF-8",
-    "not_found": "no such route; /docs lists them",
+    "not_found": NOT_FOUND,
     "method_not_allowed": "this route does not take that method; /docs lists what it takes",
 }
 
@@ -153,7 +168,8 @@ def install_error_handlers(app: FastAPI, metrics: Metrics, log: structlog.stdlib
     async def overloaded(request: Request, error: Exception) -> Response:
         status, code, reason, message, retry = _refusal(error)
         metrics.refused(reason)
-        log.warning("refused", request_id=_id(request), code=code, status=status, detail=str(error))
+        if not isinstance(error, BodyCutOffError):
+            log.warning("refused", request_id=_id(request), code=code, status=status, detail=str(error))
         return error_response(_id(request), status, code, message, retry_after_s=retry)
 
     app.add_exception_handler(RequestError, refused_for_content)
@@ -188,9 +204,9 @@ def _describe(errors: Sequence[Any]) -> tuple[int, str, str, str | None]:
     """Tell the first of pydantic's errors, without repeating what was sent."""
     first = errors[0]
     place, loc = first["loc"][:1], first["loc"][1:]
-    if first["type"] == "json_invalid":
-        return 400, "invalid_json", f"{_HTTP_MESSAGES['invalid_json']}: {first['ctx']['error']}", None
     message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == LimitError.code:
+        return 422, LimitError.code, message, _path(loc)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return 422, "invalid_request", message + more, _path(loc) or (str(place[0]) if place else None)
 

@@ -16,16 +16,20 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from service.collaborators import collaborators_of
-from service.errors import RETRY_SOON_S, BodyTimeoutError, BodyTooLargeError, MediaTypeError, error_response
+from service.bodies import Bodies
+from service.errors import NOT_FOUND, RETRY_SOON_S, MediaTypeError, RequestError, error_response
 from service.headers import security_headers
 from service.metrics.registry import Metrics
+from service.schemas import RequestBody
 
 REQUEST_ID_HEADER = "X-Request-ID"
 HTTP_VERSIONS = ("1.0", "1.1")
 UNMATCHED = "unmatched"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 REFUSED = 429
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+# Names that clients send who mean it. Ignored, the request would get the default deadline without a word.
+_DEADLINE = re.compile(r"(x[-_]?)?request[-_]?(tim\w{0,2}out|deadline)[-_]?\w{0,12}|x[-_](timeout|deadline)[-_]?(ms)?")
 _OUTCOMES = {REFUSED: "refused", 499: "cancelled", 503: "unavailable", 504: "expired"}
 
 
@@ -67,6 +71,10 @@ class Intake:
                 refusal = error_response(request_id, 400, "invalid_http", malformed)
                 refusal.headers["Connection"] = "close"
                 await refusal(scope, receive, send_with_id)
+            elif _has_line_break(scope["path"]):
+                # Routes are matched by expressions in which `$` is also the place before a line break at the end:
+                # /rank%0A would be /rank, and /users/u1%0A the user u1.
+                await error_response(request_id, 404, "not_found", NOT_FOUND)(scope, receive, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:
@@ -88,59 +96,53 @@ class Intake:
             self._metrics.answered(_route(scope), _outcome(status))
 
 
-class JsonRoute(APIRoute):
-    """A route whose body is plain JSON of bounded length; neither FastAPI nor pydantic sees another."""
+class PlainRoute(APIRoute):
+    """A route that refuses what it would not read: query parameters, and a deadline under another header's name."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the route's handler behind the checks."""
         handler = super().get_route_handler()
+        has_deadline = any(one.alias == TIMEOUT_HEADER for one in self.dependant.header_params)
 
         async def checked(request: Request) -> Response:
-            _require_json(request.headers)
-            settings = collaborators_of(request).settings
-            body = _bounded(request.headers, _in_time(request.receive, settings.body_timeout_s), settings.max_body)
-            return await handler(Request(request.scope, body))
+            if request.scope["query_string"]:
+                name = next(iter(request.query_params), "")
+                raise RequestError(f"no route has query parameters, and this one has {name[:40]!r}; leave it out")
+            if has_deadline:
+                _require_deadline_header(request.headers)
+            return await self.handle_plain(handler, request)
 
         return checked
 
-
-def _in_time(receive: Receive, limit_s: float) -> Receive:
-    """Return a `receive` that gives the whole body `limit_s` seconds."""
-    end = time.monotonic() + limit_s
-    whole = False
-
-    async def in_time() -> Message:
-        nonlocal whole
-        if whole:  # what comes now is the client's leaving, for which there is no limit
-            return await receive()
-        try:
-            async with asyncio.timeout(max(0.0, end - time.monotonic())):
-                message = await receive()
-        except TimeoutError as error:
-            raise BodyTimeoutError(limit_s) from error
-        whole = not message.get("more_body", False)
-        return message
-
-    return in_time
+    async def handle_plain(
+        self, handler: Callable[[Request], Coroutine[Any, Any, Response]], request: Request
+    ) -> Response:
+        """Pass the request on."""
+        return await handler(request)
 
 
-def _bounded(headers: Headers, receive: Receive, limit: int) -> Receive:
-    """Return a `receive` that refuses a body over `limit` bytes, declared or not, while it streams."""
-    declared = headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
-        raise BodyTooLargeError(limit)
-    seen = 0
+class JsonRoute(PlainRoute):
+    """A route whose body is plain JSON within limits; FastAPI sees only what was parsed and checked before."""
 
-    async def bounded() -> Message:
-        nonlocal seen
-        message = await receive()
-        if message["type"] == "http.request":
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise BodyTooLargeError(limit)
-        return message
+    async def handle_plain(
+        self, handler: Callable[[Request], Coroutine[Any, Any, Response]], request: Request
+    ) -> Response:
+        """Read and parse the body, and pass both on."""
+        model = None if self.body_field is None else self.body_field.field_info.annotation
+        assert isinstance(model, type) and issubclass(model, RequestBody), "a body is one model"
+        _require_json(request.headers)
+        bodies: Bodies = request.app.state.bodies
+        body = await bodies.read(request)
+        return await handler(_Parsed(request, body, await bodies.parse(body, model)))
 
-    return bounded
+
+class _Parsed(Request):
+    """A request whose body was parsed: FastAPI leaves an instance of the model as it is."""
+
+    def __init__(self, request: Request, body: bytes, parsed: RequestBody) -> None:
+        super().__init__(request.scope, request.receive)
+        self._body = body
+        self._json = parsed
 
 
 def _require_json(headers: Headers) -> None:
@@ -155,6 +157,12 @@ def _require_json(headers: Headers) -> None:
         raise MediaTypeError("the body is encoded")
 
 
+def _require_deadline_header(headers: Headers) -> None:
+    for name in headers:
+        if name != TIMEOUT_HEADER.lower() and _DEADLINE.fullmatch(name):
+            raise RequestError(f"the deadline is {TIMEOUT_HEADER}, in milliseconds; this header is not read", name)
+
+
 def _malformed(scope: Scope) -> str:
     """Return what is wrong with a request that the HTTP parser lets pass, or ""."""
     if scope["http_version"] not in HTTP_VERSIONS:
@@ -164,6 +172,10 @@ def _malformed(scope: Scope) -> str:
         # A proxy that believes the other one of the two sees another end of this request, and so another next request.
         return "the request has both Content-Length and Transfer-Encoding; send one"
     return ""
+
+
+def _has_line_break(path: str) -> bool:
+    return "\n" in path or "\r" in path
 
 
 def _request_id(headers: Headers) -> str:

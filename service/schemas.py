@@ -1,6 +1,7 @@
 """The bodies of requests. What a body may hold is decided here; how much of it, by the settings."""
 
 import math
+import re
 import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     StrictBool,
     StrictInt,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -21,12 +23,14 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from models.ids import MAX_ID_LENGTH, canonical_id
+from service.settings import Settings
 
 # C0 and C1 controls, surrogates, line and paragraph separators: a title is one printable line.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 # Seconds of the years 1 to 9999, as in data folders.
 EARLIEST = datetime(1, 1, 1, tzinfo=UTC).timestamp()
+MAX_TIMESTAMP = 64  # characters
 LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
@@ -37,6 +41,51 @@ def _id(value: object) -> str:
             "id_type", "an id is a string or an integer; this is a {kind}", {"kind": _kind(value)}
         )
     return canonical_id(value)
+
+
+def _at_most(value: object, limit: int) -> None:
+    """Refuse a list that is too long before any entry of it is looked at."""
+    if isinstance(value, list) and len(value) > limit:
+        raise PydanticCustomError(
+            "limit_exceeded", "{length} entries; send at most {limit}", {"length": len(value), "limit": limit}
+        )
+
+
+def _bounded(limit: str) -> BeforeValidator:
+    """Return the check of a list's length against the setting of this name. Settings are the validation's context."""
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if isinstance(info.context, Settings):
+            _at_most(value, getattr(info.context, limit))
+        return value
+
+    return BeforeValidator(check)
+
+
+def _histories(value: object, info: ValidationInfo) -> object:
+    """Check all histories of a /score request together."""
+    if isinstance(info.context, Settings) and isinstance(value, list):
+        _at_most(value, info.context.max_pairs)
+        histories = [one.get("history") for one in value if isinstance(one, dict)]
+        entries, limit = sum(len(one) for one in histories if isinstance(one, list)), info.context.max_histories
+        if entries > limit:
+            raise PydanticCustomError(
+                "limit_exceeded",
+                "{entries} entries of histories in all; send at most {limit} a request",
+                {"entries": entries, "limit": limit},
+            )
+    return value
+
+
+def _short_title(value: object, info: ValidationInfo) -> object:
+    limit = info.context.max_title if isinstance(info.context, Settings) else None
+    if limit is not None and isinstance(value, str) and len(value) > limit:
+        raise PydanticCustomError(
+            "limit_exceeded",
+            "a title of {length} characters; send at most {limit}",
+            {"length": len(value), "limit": limit},
+        )
+    return value
 
 
 def _printable_line(value: str) -> str:
@@ -60,10 +109,22 @@ def _label(value: object) -> bool | None:
     raise PydanticCustomError("label", "a label is true, false, 1, 0 or null")
 
 
+def _no_boolean(value: object) -> object:
+    if isinstance(value, (bool, str)):
+        raise PydanticCustomError("number", "give a number; this is a {kind}", {"kind": _kind(value)})
+    return value
+
+
 def _timestamp(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or len(str(value)) > MAX_TIMESTAMP:
         raise PydanticCustomError(
             "timestamp_type", "a timestamp is a number or ISO 8601 text; this is a {kind}", {"kind": _kind(value)}
+        )
+    if _is_date(value):
+        raise PydanticCustomError(
+            "timestamp_date",
+            "a timestamp of {value} would be a second of 1970; send ISO 8601 with dashes, or UTC seconds",
+            {"value": str(value)},
         )
     try:
         seconds = _seconds(value)
@@ -77,6 +138,15 @@ def _timestamp(value: object) -> float:
     return seconds
 
 
+def _is_date(value: str | float) -> bool:
+    """Return whether a timestamp is a date or a year written as a number, as 20171130 or 2017."""
+    if not isinstance(value, str):
+        value = str(value)[:16].removesuffix(".0")
+    if not re.fullmatch(r"(19|20)\d\d(\d{4})?", value.strip()[:16], re.ASCII):
+        return False
+    return len(value.strip()) == 4 or ("01" <= value.strip()[4:6] <= "12" and "01" <= value.strip()[6:] <= "31")
+
+
 def _seconds(value: str | float) -> float:
     try:
         return float(value)
@@ -86,7 +156,7 @@ def _seconds(value: str | float) -> float:
 
 
 def _kind(value: object) -> str:
-    names = {bool: "boolean", float: "fraction", list: "list", dict: "object", type(None): "null"}
+    names = {bool: "boolean", str: "text", float: "fraction", list: "list", dict: "object", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
 
@@ -95,9 +165,11 @@ _ID_SCHEMA: dict[str, Any] = {
     "description": 'String or integer; 7 and "7" are the same id, "007" is another.',
 }
 
-Share = Annotated[float, Field(gt=0, le=1, strict=False, allow_inf_nan=False)]
+_SPARE = 64  # values of a body beside its lists, and some more
+
+Share = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=1, allow_inf_nan=False)]
 Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
-Title = Annotated[str, AfterValidator(_printable_line)]
+Title = Annotated[str, BeforeValidator(_short_title), AfterValidator(_printable_line)]
 OnUnknown = Literal["error", "skip"]
 Label = Annotated[
     bool | None,
@@ -114,18 +186,40 @@ Timestamp = Annotated[
     BeforeValidator(_timestamp),
     WithJsonSchema(
         {
-            "anyOf": [{"type": "number"}, {"type": "string", "minLength": 1, "maxLength": 64}],
+            "anyOf": [{"type": "number"}, {"type": "string", "minLength": 1, "maxLength": MAX_TIMESTAMP}],
             "description": "When, by the client: UTC seconds since 1970, or ISO 8601; without a zone it is UTC.",
         }
     ),
 ]
 
 
-class _Body(BaseModel):
+class _Part(BaseModel):
+    """An object of a body. One of more keys than it has fields is one error, not one for each key."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            raise PydanticCustomError(
+                "keys",
+                "{keys} keys; the fields are {fields}",
+                {"keys": len(value), "fields": ", ".join(cls.model_fields)},
+            )
+        return value
 
-class ItemRef(_Body):
+
+class RequestBody(_Part):
+    """A whole body."""
+
+    @classmethod
+    def most_values(cls, settings: Settings) -> int:
+        """Return how many values the longest body within the limits has, at most: commas, and opening brackets."""
+        raise NotImplementedError
+
+
+class ItemRef(_Part):
     """An item as a client names it: its id alone, or with a title in case the bundle does not know it."""
 
     item_id: Id
@@ -162,21 +256,24 @@ _HISTORY = Field(
 )
 
 
+# Checked to the first error: each further one would cost time and tell little.
+History = Annotated[list[ItemRef], Field(fail_fast=True), _bounded("max_history")]
+
 _EXPLAIN = Field(
     default=False, description="true: each result has parts: what each part adds to the logit of its score."
 )
 
 
-class Pair(_Body):
+class Pair(_Part):
     """A user and the one item to score for them."""
 
     user_id: Id
     item_id: Id
-    history: list[ItemRef] | None = _HISTORY
+    history: History | None = _HISTORY
     title: Title | None = Field(default=None, description="The item's title, in case the bundle does not know it.")
 
 
-class ScoreRequest(_Body):
+class ScoreRequest(RequestBody):
     """Pairs to score, each for itself."""
 
     model_config = ConfigDict(
@@ -193,14 +290,19 @@ class ScoreRequest(_Body):
         }
     )
 
-    pairs: list[Pair] = Field(min_length=1)
+    pairs: Annotated[list[Pair], Field(fail_fast=True), BeforeValidator(_histories)] = Field(min_length=1)
     on_unknown: OnUnknown = Field(
         default="error", description="What to do with an item that is not in the catalogue and has no title."
     )
     explain: StrictBool = _EXPLAIN
 
+    @classmethod
+    def most_values(cls, settings: Settings) -> int:
+        """A pair has five fields, an entry of a history two; each history is a list of its own."""
+        return _SPARE + 6 * settings.max_pairs + 2 * settings.max_histories
 
-class RankRequest(_Body):
+
+class RankRequest(RequestBody):
     """Candidates to rank for one user."""
 
     model_config = ConfigDict(
@@ -217,16 +319,23 @@ class RankRequest(_Body):
     )
 
     user_id: Id
-    candidates: list[ItemRef] = Field(min_length=1, description="Each item once.")
-    history: list[ItemRef] | None = _HISTORY
+    candidates: Annotated[list[ItemRef], Field(fail_fast=True), _bounded("max_candidates")] = Field(
+        min_length=1, description="Each item once."
+    )
+    history: History | None = _HISTORY
     top_k: StrictInt | None = Field(default=None, ge=1, description="How many results to return; all if absent.")
     on_unknown: OnUnknown = Field(
         default="error", description="What to do with an item that is not in the catalogue and has no title."
     )
     explain: StrictBool = _EXPLAIN
 
+    @classmethod
+    def most_values(cls, settings: Settings) -> int:
+        """A candidate and an entry of the history have two fields each."""
+        return _SPARE + 2 * (settings.max_candidates + settings.max_history)
 
-class InteractionEvent(_Body):
+
+class InteractionEvent(_Part):
     """An item was shown to a user, or what came of it, or both."""
 
     event_id: Id = Field(description="The event's own; sent again with the same content it counts once.")
@@ -244,7 +353,7 @@ class InteractionEvent(_Body):
     )
 
 
-class InteractionsRequest(_Body):
+class InteractionsRequest(RequestBody):
     """Interactions, taken all together or not at all."""
 
     model_config = ConfigDict(
@@ -275,15 +384,20 @@ class InteractionsRequest(_Body):
         }
     )
 
-    interactions: list[InteractionEvent] = Field(min_length=1)
+    interactions: Annotated[list[InteractionEvent], Field(fail_fast=True), _bounded("max_interactions")] = Field(
+        min_length=1
+    )
+
+    @classmethod
+    def most_values(cls, settings: Settings) -> int:
+        """Each has seven fields."""
+        return _SPARE + 7 * settings.max_interactions
 
 
-class BundleRequest(BaseModel):
+class BundleRequest(RequestBody):
     """A bundle to serve, and what for."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={"examples": [{"bundle": "2026-11", "role": "canary", "share": 0.05}]},
     )
 
@@ -294,7 +408,12 @@ class BundleRequest(BaseModel):
     share: Share | None = Field(
         default=None, description="Of the users for a canary, of the requests for a shadow; the current one has none."
     )
-    wait: bool = Field(default=True, description="false: answer 202 at once; GET tells how it ends.")
+    wait: StrictBool = Field(default=True, description="false: answer 202 at once; GET tells how it ends.")
+
+    @classmethod
+    def most_values(cls, settings: Settings) -> int:
+        """It has four fields."""
+        return _SPARE
 
     @model_validator(mode="after")
     def _no_null(self) -> "BundleRequest":

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     item_cache_mb: int = Field(
         default=256,
         ge=0,
+        le=16_777_216,
         description="Megabytes of this process for items that Redis answered before, whole; about 16,000 of Qwen2-7B,"
         " 60,000 of Qwen2-0.5B. 0 keeps none.",
     )
@@ -73,6 +74,17 @@ class Settings(BaseSettings):
         description="Address to listen on. Loopback: any other is refused without a file of keys.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="A second port, with /metrics, /docs, /openapi.json and the details of /readyz without a key, and"
+        " nothing else; for Prometheus, and not for clients. 0 takes a free one. Unset: they are on the port itself,"
+        " for whoever has a key.",
+    )
+    metrics_host: str | None = Field(
+        default=None, min_length=1, description="Address of the metrics port. Unset: the same as the other port's."
+    )
     engine: Literal["packed", "vllm"] = Field(
         default="packed",
         description="What computes the scores. packed runs everywhere and computes a request's shared part once.",
@@ -101,12 +113,14 @@ class Settings(BaseSettings):
     batch_tokens: int = Field(
         default=2048,
         ge=64,
+        le=100_000_000,
         description="Tokens of one batch, and so the longest that a short request waits behind a long one. A hundred"
         " candidates of ML-1M fit in one, and a batch of this size keeps a device's matrix units busy.",
     )
     cache_mb: int = Field(
         default=1024,
         ge=0,
+        le=16_777_216,
         description="Megabytes, on the engine's device, for keys and values of instructions and user segments. 1,024"
         " hold about 250 users of Qwen2-0.5B, 50 of Qwen2-7B; 0 keeps none.",
     )
@@ -131,6 +145,7 @@ class Settings(BaseSettings):
     queue_tokens: int = Field(
         default=131_072,
         ge=64,
+        le=1_000_000_000,
         description="Tokens that may wait, whatever the deadlines: several requests of a thousand candidates. What"
         " could not be scored in time is refused before that. An empty queue takes any one request.",
     )
@@ -184,18 +199,32 @@ class Settings(BaseSettings):
     vllm_eager: bool = Field(
         default=False, description="Start vLLM without compiling the model: sooner ready, slower afterwards."
     )
-    max_pairs: int = Field(default=1000, ge=1, description="Pairs of one /score request.")
-    max_candidates: int = Field(default=1000, ge=1, description="Candidates of one /rank request.")
+    max_pairs: int = Field(default=1000, ge=1, le=1_000_000, description="Pairs of one /score request.")
+    max_candidates: int = Field(default=1000, ge=1, le=1_000_000, description="Candidates of one /rank request.")
     max_history: int = Field(
         default=1000,
         ge=0,
+        le=1_000_000,
         description="Entries of one history. Far over the prompt's window: clients may send all they know.",
     )
+    max_histories: int = Field(
+        default=20_000,
+        ge=0,
+        le=10_000_000,
+        description="Entries of all histories of one /score request together: a thousand pairs with twenty each, twenty"
+        " with a thousand. More is half a second of work and more before the first token.",
+    )
     max_title: int = Field(
-        default=512, ge=1, description="Characters of one title; about four times what the prompt's title cap keeps."
+        default=512,
+        ge=1,
+        le=1_000_000,
+        description="Characters of one title; about four times what the prompt's title cap keeps.",
     )
     max_body: int = Field(
-        default=1_048_576, ge=1024, description="Bytes of one body; 1,000 candidates with long titles fit in it."
+        default=1_048_576,
+        ge=1024,
+        le=1_073_741_824,
+        description="Bytes of one body; 1,000 candidates with long titles fit in it.",
     )
     interactions: Path | None = Field(
         default=None,
@@ -217,7 +246,10 @@ class Settings(BaseSettings):
         " event id is known for one. A quarter: a bundle trained at least monthly has all that it could learn from.",
     )
     max_interactions: int = Field(
-        default=1000, ge=1, description="Interactions of one request; as many as a /score request has pairs."
+        default=1000,
+        ge=1,
+        le=1_000_000,
+        description="Interactions of one request; as many as a /score request has pairs.",
     )
     drift_window: int = Field(
         default=10_000,
@@ -243,6 +275,7 @@ class Settings(BaseSettings):
     quality_age_s: float = Field(
         default=DAY_S,
         gt=0,
+        le=3650 * DAY_S,
         description="Seconds after which a served score is not labelled any more; longer than outcomes take to come.",
     )
     api_keys_file: Path | None = Field(
@@ -338,11 +371,11 @@ class Settings(BaseSettings):
     def _store_address(cls, value: str) -> str:
         return value if value == EMBEDDED else check_url(value)
 
-    @field_validator("host")
+    @field_validator("host", "metrics_host")
     @classmethod
-    def _host_name(cls, value: str) -> str:
+    def _host_name(cls, value: str | None) -> str | None:
         try:
-            value.encode("idna")
+            (value or "").encode("idna")
         except UnicodeError as error:
             raise ValueError("no host name") from error
         return value

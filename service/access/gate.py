@@ -14,12 +14,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.access.key_file import KeyFile
 from service.access.keys import Key, KeyFileError
 from service.access.rates import RateLimiter
-from service.errors import error_response
+from service.errors import NOT_FOUND, error_response
 from service.metrics.registry import Metrics
 from service.settings import Settings
 
 ADMIN = "admin"
-OPEN_ROUTES = frozenset({"/livez", "/readyz", "/metrics", "/docs", "/openapi.json"})
+OPEN_ROUTES = frozenset({"/livez", "/readyz"})
+# What an operator looks at: on the port of the metrics nobody is asked for a key, elsewhere they ask for one.
+OPERATOR_ROUTES = frozenset({"/metrics", "/docs", "/openapi.json"})
+# Each takes the event loop some milliseconds. A scraper asks once in 15 s; a person reloads.
+OPERATOR_RATE = 10.0
+# Refusals a second for a missing or unknown key that one address is told 401 for, then 429. A client that has
+# lost its key sees the 401 first.
+FAILURE_RATE, FAILURE_BURST_S = 5.0, 10.0
+# Refusals a second that are logged: strangers must not be able to fill the log. The metrics count all.
+LOG_RATE = 1.0
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="sella"'}
 
 
@@ -48,6 +57,7 @@ class Access:
     api_keys: KeyFile | None
     admin_keys: KeyFile | None
     anonymous: bool
+    metrics_port: int | None = None  # the port on which the operator's routes are served without a key
 
     @classmethod
     def open(cls, settings: Settings, log: structlog.stdlib.BoundLogger) -> "Access":
@@ -108,6 +118,7 @@ class Gate:
         self._access = access
         self._rate = settings.rate_limit
         self._limiter = RateLimiter(settings.rate_burst_s)
+        self._failures = RateLimiter(FAILURE_BURST_S)
         self._metrics = metrics
         self._log = log
 
@@ -116,35 +127,71 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id: str = scope["state"]["request_id"]
         route = _matched(scope["app"].routes, scope)
         need = need_of(route, scope["method"])
+        headers = Headers(scope=scope)
+        if self._access.metrics_port is not None and scope["server"][1] == self._access.metrics_port:
+            if getattr(route, "path", "") not in OPEN_ROUTES | OPERATOR_ROUTES:
+                await error_response(scope["state"]["request_id"], 404, "not_found", NOT_FOUND)(scope, receive, send)
+                return
+            need, trusted = Need.NOTHING, True
+        else:
+            trusted = need is not Need.NOTHING or self._trusts(headers)
         try:
-            key = self._access.admit(need, Headers(scope=scope))
+            key = self._access.admit(need, headers)
         except RefusedError as refusal:
             scope["route"] = route
-            self._metrics.access.unauthorized(refusal.reason)
-            self._log.info("refused", request_id=request_id, code=refusal.code, status=refusal.status)
-            response = error_response(request_id, refusal.status, refusal.code, str(refusal))
-            if refusal.status == 401:
-                response.headers.update(_CHALLENGE)
-            await response(scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
             return
         scope["state"]["key_name"] = None if key is None else key.name
-        wait_s = 0 if need is Need.NOTHING else self._wait_s(key, scope)
+        scope["state"]["trusted"] = trusted
+        wait_s = self._wait_s(need, key, getattr(route, "path", ""), scope)
         if wait_s:
             scope["route"] = route
-            self._metrics.access.rate_limited()
-            self._metrics.refused("rate_limit")
-            self._log.info("refused", request_id=request_id, code="rate_limited", status=429)
             message = "more requests than this client may send; Retry-After says when the next may come"
-            await error_response(request_id, 429, "rate_limited", message, retry_after_s=wait_s)(scope, receive, send)
+            await self._limit(message, wait_s, scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _wait_s(self, key: Key | None, scope: Scope) -> int:
+    def _trusts(self, headers: Headers) -> bool:
+        """Return whether the caller of an open route could call one that asks for a key."""
+        try:
+            self._access.admit(Need.KEY, headers)
+        except RefusedError:
+            return False
+        return True
+
+    async def _refuse(self, refusal: RefusedError, scope: Scope, receive: Receive, send: Send) -> None:
+        self._metrics.access.unauthorized(refusal.reason)
+        wait_s = self._failures.take(_address(scope), FAILURE_RATE)
+        if wait_s:
+            message = f"too many requests without a known key; {refusal}"
+            await self._limit(message, wait_s, scope, receive, send)
+            return
+        self._note(scope, refusal.code, refusal.status)
+        response = error_response(scope["state"]["request_id"], refusal.status, refusal.code, str(refusal))
+        if refusal.status == 401:
+            response.headers.update(_CHALLENGE)
+        await response(scope, receive, send)
+
+    async def _limit(self, message: str, wait_s: int, scope: Scope, receive: Receive, send: Send) -> None:
+        self._metrics.access.rate_limited()
+        self._metrics.refused("rate_limit")
+        self._note(scope, "rate_limited", 429)
+        request_id = scope["state"]["request_id"]
+        await error_response(request_id, 429, "rate_limited", message, retry_after_s=wait_s)(scope, receive, send)
+
+    def _note(self, scope: Scope, code: str, status: int) -> None:
+        if not self._failures.take("log", LOG_RATE):
+            self._log.info("refused", request_id=scope["state"]["request_id"], code=code, status=status)
+
+    def _wait_s(self, need: Need, key: Key | None, path: str, scope: Scope) -> int:
+        if path in OPERATOR_ROUTES and not self._access.anonymous:
+            wait_s = self._limiter.take(f"operator {_address(scope)}", OPERATOR_RATE)
+            if wait_s:
+                return wait_s
         rate = self._rate if key is None or key.requests_per_s is None else key.requests_per_s
-        if rate is None:
+        if need is Need.NOTHING or rate is None:
             return 0
         return self._limiter.take(f"key {key.name}" if key else f"address {_address(scope)}", rate)
 

@@ -16,6 +16,7 @@ from models.backbone import BackboneError
 from models.bundle import BundleError, read_manifest, verify
 from models.loading import Bundle
 from models.tokens import TokenizerError
+from service.background import begin
 from service.bundles.handle import BundleHandle, Seat, handle_of, open_parts
 from service.bundles.hashing import hashes_of
 from service.bundles.loaded import LoadedModels
@@ -235,7 +236,7 @@ class BundleChanges:
 
     def _drain(self, seat: Seat) -> None:
         """Free a bundle when the requests that hold it have ended."""
-        task = asyncio.create_task(self._free(seat), name="bundle drain")
+        task = begin(self._free(seat), "bundle drain", vital=False)
         self._draining[task] = seat
         task.add_done_callback(lambda done: self._draining.pop(done, None))
 

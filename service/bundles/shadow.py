@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import structlog
 
+from service.background import begin
 from service.bundles.handle import BundleHandle
 from service.bundles.registry import Bundles, Role
 from service.metrics.registry import Metrics
@@ -56,7 +57,7 @@ class Shadow:
         if (self._task is not None and not self._task.done()) or not self._idle():
             self._metrics.bundles.shadow_dropped()
             return
-        self._task = asyncio.create_task(self._score(answers, rescore), name="shadow")
+        self._task = begin(self._score(answers, rescore), "shadow", vital=False)
 
     async def close(self) -> None:
         """Give up what is being scored."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from service.background import begin
 from service.engines.protocol import EngineBrokenError, EngineHealth, EngineState, EngineUnavailableError
 
 
@@ -57,7 +58,7 @@ class Lifecycle:
     def start(self, run: Callable[[], Awaitable[str]], name: str) -> None:
         """Begin the first run and return at once."""
         self._ready = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._supervise(run), name=name)
+        self._task = begin(self._supervise(run), name)
 
     async def ready(self) -> None:
         """Return when a run has been ready for the first time.

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import structlog
 
+from service.background import begin
 from service.features.embedded import EmbeddedStore
 from service.features.protocol import Features, Query, StoreHealth
 from service.features.redis import LookUpError, NotPublishedError, RedisStore
@@ -138,7 +139,7 @@ class FallbackStore:
 
     def _start(self) -> None:
         if self._watch is None:
-            self._watch = asyncio.create_task(self._check_forever())
+            self._watch = begin(self._check_forever(), "store check")
 
     async def _check_forever(self) -> None:
         while True:

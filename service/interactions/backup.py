@@ -5,7 +5,6 @@ import os
 import sqlite3
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -100,8 +99,8 @@ def restore(backup: Path, path: Path) -> Restored:
     """Put a backup in the place of the log, and that log with what belongs to it aside.
 
     The log that is there is not touched before the new one is complete, verified and on disk. A restore that is cut
-    off has changed nothing, or is finished by the server that opens the log. The new log has a name of its own in the
-    shared store, because the sequence numbers after the backup are given anew: all of it is applied there once more.
+    off has changed nothing, or is finished by the server that opens the log. The new log begins an epoch, because the
+    sequence numbers after the backup are given anew: the shared store applies what follows, and counts nothing twice.
 
     Raises:
         LogFileError: a server writes the log, or the backup is no log or damaged.
@@ -177,13 +176,13 @@ def _copy(source: sqlite3.Connection, path: Path, copy: Path) -> None:
 
 
 def _renewed(new: Path, deletions: dict[str, float]) -> int:
-    """Give a copy a name of its own and delete again who was deleted after it was made; return how many."""
+    """Begin an epoch in a copy and delete again who was deleted after it was made; return how many."""
     with closing(open_database(new)) as connection:
         ledger = Ledger(connection, _ATTRIBUTION_S)
         known = ledger.deletions()
         later = {one: at for one, at in deletions.items() if known.get(one, float("-inf")) < at}
         connection.execute("BEGIN")
-        connection.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (uuid.uuid4().hex,))
+        ledger.begin_epoch()
         for user_id, deleted_at in later.items():
             ledger.delete(user_id, deleted_at, max(time.time(), ledger.last_received()))
         ledger.erased()

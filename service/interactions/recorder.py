@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import structlog
 
+from service.background import begin
 from service.interactions.clock import Clock
 from service.interactions.counts import LiveCounts
 from service.interactions.event import Interaction
@@ -66,9 +67,9 @@ class Recorder:
         """Open the log, if that can be done now, and begin what goes on beside the requests."""
         await self._log.start()
         self._tell_health()
-        self._tasks.append(asyncio.create_task(self._sweep()))
+        self._tasks.append(begin(self._sweep(), "attribution sweep"))
         if self._replay is not None:
-            self._tasks.append(asyncio.create_task(self._replay.run()))
+            self._tasks.append(begin(self._replay.run(), "replay"))
 
     async def close(self) -> None:
         """Stop, and close the log; what it has is on disk."""

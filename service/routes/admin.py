@@ -10,11 +10,11 @@ from service.answers import BundleState, ChangeState, ErrorResponse, RoleState
 from service.bundles.registry import Role
 from service.collaborators import Collaborators, collaborators_of
 from service.errors import RequestError
-from service.intake import JsonRoute
+from service.intake import JsonRoute, PlainRoute
 from service.routes.documented import ERRORS
 from service.schemas import BundleRequest
 
-router = APIRouter(prefix="/admin", tags=["admin"])
+router = APIRouter(prefix="/admin", route_class=PlainRoute, tags=["admin"])
 with_body = APIRouter(route_class=JsonRoute)
 
 _CHANGE_ERRORS: dict[int | str, dict[str, Any]] = {

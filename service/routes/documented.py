@@ -2,6 +2,10 @@
 
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from service.access.gate import Need, need_of
 from service.answers import ErrorResponse
 
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
@@ -23,3 +27,28 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorResponse, "description": "The engine is not ready, or failed.", "headers": _RETRY_AFTER},
     504: {"model": ErrorResponse, "description": "The deadline passed."},
 }
+
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, or an admin key."},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
+}
+
+
+def document_keys(app: FastAPI) -> None:
+    """Add to the OpenAPI document how a key is sent, to each route that asks for one."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        schema = describe()
+        schema["components"]["securitySchemes"] = _SCHEMES
+        for route in app.routes:
+            if isinstance(route, APIRoute) and route.include_in_schema:
+                for method in route.methods:
+                    if need_of(route, method) is not Need.NOTHING:
+                        operation = schema["paths"][route.path_format][method.lower()]
+                        operation["security"] = [{name: []} for name in _SCHEMES]
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]  # FastAPI's own way to extend the document

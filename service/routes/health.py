@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.answers import Alive, Readiness
+from service.answers import Alive, Readiness, Ready
 from service.collaborators import collaborators_of
 
 router = APIRouter(tags=["health"])
@@ -15,13 +15,21 @@ async def livez() -> Alive:
     return Alive()
 
 
-@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness, "description": "Not ready."}})
+@router.get(
+    "/readyz",
+    response_model=Readiness | Ready,
+    responses={503: {"model": Readiness | Ready, "description": "Not ready."}},
+)
 async def readyz(request: Request) -> Response:
-    """Tell whether a request would be scored now: model loaded, verified and warmed up, store answering."""
+    """Tell whether a request would be scored now: model loaded, verified and warmed up, store answering.
+
+    Callers who may see the metrics get the details too.
+    """
     service = collaborators_of(request)
     readiness = await service.readiness()
     status = 200 if readiness.ready else 503
-    return Response(readiness.model_dump_json(), status_code=status, media_type="application/json")
+    told = readiness if request.state.trusted else Ready(ready=readiness.ready)
+    return Response(told.model_dump_json(), status_code=status, media_type="application/json")
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}, "description": "Prometheus's text format."}})
@@ -31,3 +39,7 @@ async def metrics(request: Request) -> Response:
     service.metrics.ready((await service.readiness()).ready)
     service.metrics.engine.read(service.bundles.engines)
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+for _path, _endpoint in (("/livez", livez), ("/readyz", readyz), ("/metrics", metrics)):
+    router.add_api_route(_path, _endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)

@@ -8,7 +8,7 @@ from service.intake import JsonRoute
 from service.quality.served import ServedScore
 from service.questions import questions_of_rank
 from service.routes.documented import ERRORS
-from service.routes.scored import TimeoutHeader, answer_with, remember, score_for
+from service.routes.scored import TimeoutHeader, answer_with, breathe, remember, score_for
 from service.schemas import RankRequest
 
 router = APIRouter(route_class=JsonRoute, tags=["scoring"])
@@ -20,9 +20,11 @@ async def rank_candidates(body: RankRequest, request: Request, timeout_ms: Timeo
     questions = questions_of_rank(body, collaborators_of(request).settings)
     scored = await score_for(request, questions, body.on_unknown, timeout_ms, explain=body.explain)
     [answer] = scored.answers
+    await breathe(len(answer.items))
     best_first = answer.best_first()[: body.top_k]
     results = [RankedItem(**item.fields(), rank=rank) for rank, item in enumerate(best_first, start=1)]
     remember(request, scored, [ServedScore(one.rank, answer.user_id, one.item_id, one.score) for one in results])
+    await breathe(len(results))
     response = RankResponse(
         user_id=answer.user_id,
         cold_user=answer.cold_user,

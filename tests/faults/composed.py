@@ -44,7 +44,7 @@ class Composed:
         self.services: dict[str, dict[str, Any]] = self.file["services"]
         self.folder = folder
         # host:port inside the compose network -> host:port here
-        self.ports = {"redis:6379": _free(), "sella:8000": _free(), "prometheus:9090": _free()}
+        self.ports = {name: _free() for name in ("redis:6379", "sella:8000", "sella:9100", "prometheus:9090")}
         self.image = dockerfile("cpu")
 
     def place(self, service: str, path: str) -> str:
@@ -83,6 +83,9 @@ class Composed:
         given = {name: self.place(service, str(value)) for name, value in given.items() if name != "PATH"}
         if "SELLA_PORT" in given:
             given |= {"SELLA_PORT": str(self.ports["sella:8000"]), "HOME": str(self.folder)}
+        if "SELLA_METRICS_PORT" in given:
+            assert given["SELLA_METRICS_PORT"] == "9100"
+            given["SELLA_METRICS_PORT"] = str(self.ports["sella:9100"])
         return given
 
     def health(self, service: str) -> list[str]:

@@ -82,7 +82,8 @@ def test_it_scores_from_redis_for_who_has_the_key_that_was_made(running: Compose
     answer = httpx.post(f"{service}/rank", json=BODY, headers=headers)
     assert answer.status_code == 200 and len(answer.json()["results"]) == 3
     assert httpx.delete(f"{service}/users/u0", headers=headers).status_code == 403
-    metrics = httpx.get(f"{service}/metrics").text.splitlines()
+    assert httpx.get(f"{service}/metrics").status_code == 401
+    metrics = httpx.get(f"{url(running, 'sella:9100')}/metrics").text.splitlines()
     [looked_up] = [line for line in metrics if line.startswith('sella_store_lookup_seconds_count{source="redis"}')]
     assert float(looked_up.split()[1]) >= 1
 

@@ -19,7 +19,6 @@ import pytest
 
 from models.loading import Bundle
 from service.cli import CUT_OFF, _listen
-from service.settings import Settings
 from tests.service.test_supervised import alive
 from tests.serving import ROOT, Server, wait_for
 
@@ -134,11 +133,41 @@ def test_a_corrupt_bundle_is_one_line_that_names_the_file(root: Path, bundle: Bu
     assert done.stderr == f"sella-serve: {path}: altered since it was written (sha256 differs)\n"
 
 
+def test_the_metrics_have_a_port_of_their_own(bundle: Bundle, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("shop:api-key-0123456789\n")
+    keys.chmod(0o600)
+    server = Server(bundle.folder, SELLA_METRICS_PORT="0", SELLA_API_KEYS_FILE=str(keys))
+    try:
+        metrics = re.search(r"metrics are on (http://127\.0\.0\.1:\d+)", server.first_line)
+        assert metrics is not None, server.first_line
+        server.wait_until_loaded()
+        for path, closed in (("/metrics", 401), ("/docs", 401), ("/livez", 200), ("/readyz", 200), ("/rank", 401)):
+            assert httpx.get(server.url + path).status_code == closed
+            assert httpx.get(metrics[1] + path).status_code == (404 if path == "/rank" else 200)
+        assert httpx.get(f"{server.url}/readyz").json() == {"ready": True}
+        assert httpx.get(f"{metrics[1]}/readyz").json()["engine"]["state"] == "ready"
+        assert "sella_ready 1.0" in httpx.get(f"{metrics[1]}/metrics").text
+        assert server.end(signal.SIGTERM) == 0
+    finally:
+        server.clean_up()
+
+
+def test_a_metrics_port_that_is_the_other_one_is_one_line(root: Path, bundle: Bundle) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "service.cli", "run", "--bundle", str(bundle.folder), "--port", port]
+    environment = {**os.environ, "SELLA_METRICS_PORT": port}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"sella-serve: cannot listen on 127.0.0.1:{port}")
+
+
 def test_a_taken_port_is_one_line(bundle: Bundle) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
-            _listen(Settings(bundle=bundle.folder, port=port))
+            _listen("127.0.0.1", port)
 
 
 def test_a_process_that_cannot_end_is_ended(bundle: Bundle, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Slow, silent and garbled clients against a real port; the limits are short, the order of events is what is tested."""
 
 import errno
+import re
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ import uvicorn
 from models.loading import Bundle
 from service.app import create_app
 from service.collaborators import Collaborators
-from service.connections import Connections, room_for_connections
+from service.connections import MAX_HEAD, MAX_HEADERS, Connections, room_for_connections
 from service.headers import SECURITY_HEADERS
 from tests.service.conftest import collaborators
 from tests.service.echo import EchoEngine
@@ -219,6 +220,81 @@ def test_what_is_no_plain_request_gets_one_400_in_the_usual_shape(server: Listen
         assert data.count(b'"request_id"') == 1
         assert data.startswith(b"HTTP/1.1 400") and b'"invalid_http"' in data
         assert b"\r\nx-content-type-options" in data.lower()
+
+
+def padded(length: int) -> bytes:
+    """A request whose head has this many bytes."""
+    start, end = b"GET /livez HTTP/1.1\r\nHost: sella\r\nConnection: close\r\nX-Long: ", b"\r\n\r\n"
+    return start + b"a" * (length - len(start) - len(end)) + end
+
+
+@pytest.mark.parametrize("piece", [1_000_000, 65_536, 16_000, 5_000])
+@pytest.mark.parametrize(("length", "status"), [(60_000, 200), (MAX_HEAD, 200), (MAX_HEAD + 1, 400), (240_000, 400)])
+def test_a_head_has_one_bound_however_the_network_cuts_it(
+    server: Listening, piece: int, length: int, status: int
+) -> None:
+    sent = padded(length)
+    assert len(sent) == length
+    with closing(server.connect()) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            for start in range(0, length, piece):
+                client.sendall(sent[start : start + piece])
+                time.sleep(0.002)
+            data = read_all(client)
+        except ConnectionError:  # the end of a long head met a closed connection
+            assert status == 400
+        else:
+            assert data.startswith(b"HTTP/1.1 %d" % status)
+
+
+def test_a_head_behind_another_request_has_the_same_bound(server: Listening) -> None:
+    first = b"GET /livez HTTP/1.1\r\nHost: sella\r\n\r\n"
+    for length, statuses in ((MAX_HEAD, [b"200", b"200"]), (MAX_HEAD + 1, [b"200", b"400"])):
+        with closing(server.connect(first + padded(length))) as client:
+            assert re.findall(rb"HTTP/1.1 (\d+)", read_all(client)) == statuses
+
+
+def test_a_head_has_only_so_many_headers(server: Listening) -> None:
+    for count, status in ((MAX_HEADERS - 2, b"200"), (MAX_HEADERS + 1, b"400"), (10_000, b"400")):
+        head = b"GET /livez HTTP/1.1\r\nHost: sella\r\nConnection: close\r\n" + b"a:b\r\n" * (count) + b"\r\n"
+        with closing(server.connect(head)) as client:
+            assert read_all(client).startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_client_that_leaves_in_its_body_is_no_invalid_request(server: Listening) -> None:
+    value = server.service.metrics.registry.get_sample_value
+
+    def counted(outcome: str) -> float:
+        return value("sella_requests_total", {"route": "/rank", "outcome": outcome}) or 0
+
+    before, invalid = counted("cancelled"), counted("invalid")
+    for start in (b"Content-Length: 99\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
+        server.connect(HEAD + start).close()
+    wait_for(lambda: counted("cancelled") == before + 2)
+    assert counted("invalid") == invalid
+    # A body that is no HTTP is the client's fault.
+    with closing(server.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n")) as client:
+        assert read_all(client).startswith(b"HTTP/1.1 400")
+    wait_for(lambda: counted("invalid") == invalid + 1)
+    assert counted("cancelled") == before + 2
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_client_that_closes_its_side_has_left(server: Listening, version: bytes) -> None:
+    """As `nc -N` does. It looks like one that gave up, whose work is dropped: those are far more."""
+    body = b'{"user_id": "u1", "candidates": ["i1"]}'
+    engine = cast(EchoEngine, server.service.bundles.current.engine)
+    loop = server.server.servers[0].get_loop()
+    value = server.service.metrics.registry.get_sample_value
+    before = value("sella_refusals_total", {"reason": "client_gone"}) or 0
+    loop.call_soon_threadsafe(engine.gate.clear)
+    head = HEAD.replace(b"1.1", version) + b"Content-Length: %d\r\n\r\n" % len(body)
+    with closing(server.connect(head + body)) as client:
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b""  # at once, and not when the score is there
+    wait_for(lambda: value("sella_refusals_total", {"reason": "client_gone"}) == before + 1)
+    loop.call_soon_threadsafe(engine.gate.set)
 
 
 def test_as_many_connections_as_there_may_be_files(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

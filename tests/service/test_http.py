@@ -7,8 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from models.loading import Bundle
+from service.app import create_app
+from service.background import begin
 from service.collaborators import Collaborators
 from service.engines.protocol import EngineState, EngineUnavailableError
 from tests.service.conftest import client_of, collaborators
@@ -292,3 +295,105 @@ async def test_the_examples_in_the_schema_are_true(client: httpx.AsyncClient) ->
         assert response.status_code == 200
         assert set(response.json()) == set(schemas[f"{name}Response"]["examples"][0])
         assert set(response.json()["results"][0]) == set(schemas[f"{name}Response"]["examples"][0]["results"][0])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/rank%0A",
+        "/rank%0D",
+        "/rank%0D%0A",
+        "/rank%00",
+        "/rank;v=1",
+        "//rank",
+        "/rank/",
+        "/RANK",
+        "/rank%2F",
+    ],
+)
+async def test_another_path_is_another_route(client: httpx.AsyncClient, path: str) -> None:
+    assert_error(await client.post(raw(path), json=GOOD), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/users/u1%0A", 404),
+        ("/users/u1%0D%0A", 404),
+        ("/users/u%0A1", 404),
+        ("/users/u1%00", 422),
+        ("/users/u1%E2%80%A8", 422),
+        ("/users/", 422),
+        ("/users/u1/", 422),
+        ("/users//u1", 422),
+        ("/users/100%", 422),
+        ("/users/u1%4", 422),
+        ("/users/u1%zz", 422),
+        ("/users/u1?force=true", 422),
+        ("/%75sers/u1", 422),
+        ("/users%0A/u1", 404),
+        ("/admin/bundle/canary%0A", 404),
+        ("/admin/bundle/canary%00", 422),
+        ("/admin/bundle/Canary", 422),
+        ("/admin/bundle/canary%2F", 404),
+        ("/admin/bundle%0A", 404),
+    ],
+)
+async def test_a_path_that_is_not_plain_deletes_nothing(
+    service: Collaborators, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str, status: int
+) -> None:
+    async def deleted(*_: object) -> float:
+        raise AssertionError("something was deleted")
+
+    monkeypatch.setattr(type(service.interactions), "delete", deleted)
+    monkeypatch.setattr(type(service.changes), "end", deleted)
+    assert (await client.delete(raw(path))).status_code == status
+
+
+def raw(path: str) -> httpx.URL:
+    """A URL whose path httpx leaves as it is: a client in another language may send any."""
+    url = httpx.URL("http://sella/")
+    url._uri_reference = url._uri_reference.copy_with(path=path.partition("?")[0], query=path.partition("?")[2] or None)
+    return url
+
+
+async def test_what_would_not_be_read_is_refused(client: httpx.AsyncClient) -> None:
+    assert_error(await client.post("/rank?top_k=3", json=GOOD), 422, "invalid_request")
+    for name in ("X-Request-Timeout", "Request-Timeout-Ms", "X-Timeout-Ms", "X-Request-Timout-Ms"):
+        assert_error(await client.post("/rank", json=GOOD, headers={name: "50"}), 422, "invalid_request", name.lower())
+    for name in ("X-Request-Start", "X-Envoy-Expected-Rq-Timeout-Ms", "Keep-Alive", "X-Request-Time"):
+        assert (await client.post("/rank", json=GOOD, headers={name: "timeout=5"})).status_code == 200
+    for path in ("/livez?now=1", "/readyz?now=1"):  # probes add what they like
+        assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
+async def test_head_answers_as_get_without_a_body(client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.head(path)).status_code == (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("share", [True, "1", "0.5", [1], None])
+async def test_a_share_is_a_number(client: httpx.AsyncClient, share: object) -> None:
+    body = {"bundle": "b", "role": "canary", "share": share}
+    assert_error(await client.post("/admin/bundle", json=body), 422, "invalid_request", "share")
+    for wait in (1, "no", "false", None):
+        answer = await client.post("/admin/bundle", json={"bundle": "b", "wait": wait})
+        assert_error(answer, 422, "invalid_request", "wait")
+
+
+async def test_a_background_task_that_dies_is_told(service: Collaborators) -> None:
+    app = create_app(service)
+    async with app.router.lifespan_context(app), client_of(service) as client:
+        assert (await client.get("/readyz")).status_code == 200
+
+        async def die() -> None:
+            raise RuntimeError("secret detail")
+
+        with capture_logs() as logs:
+            await asyncio.gather(begin(die(), "shadow", vital=False), return_exceptions=True)
+            assert (await client.get("/readyz")).status_code == 200
+            await asyncio.gather(begin(die(), "replay"), return_exceptions=True)
+            await asyncio.sleep(0)
+        assert [(one["event"], one["task"]) for one in logs] == [("task_died", "shadow"), ("task_died", "replay")]
+        ready = await client.get("/readyz")
+        assert ready.status_code == 503 and ready.json()["background"] == ["replay"]

@@ -1,6 +1,7 @@
 """Who may call what, through the whole application; no body is read before that is clear."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,7 +11,7 @@ from starlette.routing import Route
 from structlog.testing import capture_logs
 
 from models.loading import Bundle
-from service.access.gate import OPEN_ROUTES, Access, Need, is_loopback, need_of
+from service.access.gate import FAILURE_RATE, OPEN_ROUTES, OPERATOR_ROUTES, Access, Need, is_loopback, need_of
 from service.access.keys import KeyFileError
 from service.app import create_app
 from service.collaborators import Collaborators
@@ -101,8 +102,10 @@ async def test_each_route_asks_for_what_it_should(client: httpx.AsyncClient) -> 
         headers = bearer(key) if key else {}
         return (await client.request(method, path, headers=headers)).status_code
 
-    for path in ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json"):
-        assert await status("GET", path) == 200
+    for path in OPEN_ROUTES:
+        assert [await status(method, path) for method in ("GET", "HEAD")] == [200, 200]
+    for path in OPERATOR_ROUTES:
+        assert [await status("GET", path, key) for key in ("", API, ADMIN)] == [401, 200, 200]
     for method, path in (("POST", "/admin/check"), ("DELETE", "/forget/u1")):
         assert [await status(method, path, key) for key in ("", "x" * 20, API, ADMIN)] == [401, 401, 403, 200]
     assert await status("POST", "/score", ADMIN) == 415  # an admin key passes the gate everywhere
@@ -116,6 +119,52 @@ async def test_each_route_asks_for_what_it_should(client: httpx.AsyncClient) -> 
 async def test_no_spelling_of_a_path_gets_around_the_admin_key(client: httpx.AsyncClient, path: str) -> None:
     response = await client.post(path, headers=bearer(API))
     assert response.status_code in {403, 404}
+
+
+async def test_a_stranger_is_told_no_more_than_whether_it_is_ready(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/readyz")).json() == {"ready": True}
+    assert (await client.get("/readyz", headers=bearer("x" * 20))).json() == {"ready": True}
+    assert "bundle_id" in (await client.get("/readyz", headers=bearer(API))).json()
+
+
+async def test_the_metrics_port_asks_for_no_key_and_has_nothing_else(keyed: Collaborators) -> None:
+    access = replace(Access.open(keyed.settings, keyed.log), metrics_port=9100)
+    app = create_app(keyed, access=access)
+
+    async def status(port: int, method: str, path: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://sella:{port}") as client:
+            response = await client.request(method, path, json=GOOD)
+            assert path != "/readyz" or ("engine" in response.json()) == (port == 9100)
+            return response.status_code
+
+    for path in OPEN_ROUTES | OPERATOR_ROUTES:
+        assert await status(9100, "GET", path) == 200
+        assert await status(8000, "GET", path) == (200 if path in OPEN_ROUTES else 401)
+    for method, path in (("POST", "/rank"), ("DELETE", "/users/u1"), ("GET", "/admin/bundle"), ("GET", "/nothing")):
+        assert await status(9100, method, path) == 404
+    # Rendering takes the loop's time, so that even there it has a rate.
+    statuses = [await status(9100, "GET", "/metrics") for _ in range(60)]
+    assert set(statuses) == {200, 429}
+
+
+async def test_strangers_are_told_401_so_often_and_cannot_fill_the_log(
+    client: httpx.AsyncClient, keyed: Collaborators
+) -> None:
+    with capture_logs() as logs:
+        statuses = [(await client.post("/rank", json=GOOD)).status_code for _ in range(300)]
+        assert (await client.post("/rank", json=GOOD, headers=bearer(API))).status_code == 200  # it is not shut out
+    assert statuses[0] == 401 and statuses[-1] == 429
+    assert 10 * FAILURE_RATE <= statuses.count(401) < 200
+    assert len([one for one in logs if one["event"] == "refused"]) < 60
+    assert keyed.metrics.registry.get_sample_value("sella_unauthorized_total", {"reason": "missing"}) == 300
+
+
+async def test_the_document_says_how_a_key_is_sent(client: httpx.AsyncClient) -> None:
+    schema = (await client.get("/openapi.json", headers=bearer(API))).json()
+    assert {one["type"] for one in schema["components"]["securitySchemes"].values()} == {"http", "apiKey"}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            assert ("security" in operation) == (path not in OPEN_ROUTES), path
 
 
 async def test_a_refused_body_is_never_read(client: httpx.AsyncClient) -> None:
@@ -204,7 +253,7 @@ def test_the_applications_own_routes_ask_for_what_they_should(keyed: Collaborato
         for method in (route.methods or set()) - {"HEAD"}
     }
     expected = dict.fromkeys(OPEN_ROUTES, Need.NOTHING)
-    expected |= dict.fromkeys(("/score", "/rank", "/interactions"), Need.KEY)
+    expected |= dict.fromkeys(("/score", "/rank", "/interactions", *OPERATOR_ROUTES), Need.KEY)
     for (method, path), need in needs.items():
         admin = method == "DELETE" or path.startswith("/admin")
         assert need is (Need.ADMIN_KEY if admin else expected[path]), (method, path)
