@@ -76,6 +76,7 @@ class Bundle:
             history_totals=users["history_total"].to_list(),
             outcomes=_StoredOutcomes(users.select(OUTCOME_COLUMNS)),
             train_impressions_U=users["train_impressions"].to_numpy(),
+            user_since_U=users["since"].to_numpy(),
             user_counts_U2=users.select("impressions", "positives").to_numpy(),
             item_counts_I2=items.select("impressions", "positives").to_numpy(),
             user_vectors_UC=collab["user_vectors"],
@@ -104,7 +105,7 @@ class Bundle:
 
     def _check_outcomes(self, users: pl.DataFrame, items: pl.DataFrame) -> None:
         """Raise BundleError if outcomes are missing, lack a label or a time, or name an item outside the catalogue."""
-        for column in (*OUTCOME_COLUMNS, "train_impressions"):
+        for column in (*OUTCOME_COLUMNS, "train_impressions", "since"):
             if column not in users.columns:
                 raise BundleError(
                     f"{self.folder / 'users.parquet'}: column '{column}' is missing; train the bundle again"

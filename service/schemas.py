@@ -1,12 +1,10 @@
 """The bodies of requests. What a body may hold is decided here; how much of it, by the settings."""
 
 import math
-import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,9 +20,6 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from models.ids import MAX_ID_LENGTH, canonical_id
 
-# C0 and C1 controls, surrogates, line and paragraph separators: a title is one printable line.
-_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
-
 # Seconds of the years 1 to 9999, as in data folders.
 EARLIEST = datetime(1, 1, 1, tzinfo=UTC).timestamp()
 LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
@@ -37,19 +32,6 @@ def _id(value: object) -> str:
             "id_type", "an id is a string or an integer; this is a {kind}", {"kind": _kind(value)}
         )
     return canonical_id(value)
-
-
-def _printable_line(value: str) -> str:
-    if not value.strip():
-        raise PydanticCustomError("title_blank", "a title is blank; leave it out or give its text")
-    for place, character in enumerate(value):
-        if unicodedata.category(character) in _REFUSED_CATEGORIES:
-            raise PydanticCustomError(
-                "title_character",
-                "a title holds U+{code} at position {place}; remove control characters and line breaks",
-                {"code": f"{ord(character):04X}", "place": place},
-            )
-    return value
 
 
 def _label(value: object) -> bool | None:
@@ -97,7 +79,7 @@ _ID_SCHEMA: dict[str, Any] = {
 
 Share = Annotated[float, Field(gt=0, le=1, strict=False, allow_inf_nan=False)]
 Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
-Title = Annotated[str, AfterValidator(_printable_line)]
+Title = str  # read by `service.questions.read_title`, which knows what to do with a refused one
 OnUnknown = Literal["error", "skip"]
 Label = Annotated[
     bool | None,

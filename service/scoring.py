@@ -21,14 +21,14 @@ from service.bundles.handle import BundleHandle
 from service.features.protocol import Features
 from service.interactions.counts import Counted, larger
 from service.interactions.histories import NOBODY, MergedUser, merge_all
-from service.interactions.live import LiveUser
+from service.interactions.live import Ends, LiveUser
 from service.questions import PromptItem, Question, Resolved, query, resolve
 from service.schemas import OnUnknown
 
-LiveLookup = Callable[[frozenset[str]], Awaitable[Mapping[str, LiveUser]]]
+LiveLookup = Callable[[frozenset[str], Ends], Awaitable[Mapping[str, LiveUser]]]
 
 
-async def nothing_live(user_ids: frozenset[str]) -> Mapping[str, LiveUser]:
+async def nothing_live(user_ids: frozenset[str], ends: Ends) -> Mapping[str, LiveUser]:
     """Know nothing of any user beyond the bundle."""
     return {}
 
@@ -128,8 +128,7 @@ async def score(
     handle.batcher.check(*_size(questions), deadline)
     with timings.leg("lookup"):
         found, merged, counted = await _look_up(questions, handle, live)
-    with_likes = frozenset(one for one, user in merged.items() if user.likes)
-    resolved, skipped = resolve(questions, found, template, on_unknown, with_likes)
+    resolved, skipped = resolve(questions, found, template, on_unknown, merged)
     resolved = await _distil_unknown(resolved, handle, deadline, timings)
     with timings.leg("assemble"):
         prompts = await _assemble(resolved, merged, handle, live=counted.live)
@@ -140,21 +139,29 @@ async def score(
 async def _look_up(
     questions: Sequence[Question], handle: BundleHandle, live: LiveLookup
 ) -> tuple[Features, dict[str, MergedUser], Counted]:
-    """Return the features, with live likes in the histories; the merged users, with live outcomes; the live counts."""
+    """Return what was found; the merged users, with live likes and outcomes; the live counts."""
     # The log first: its likes are looked up in the same round trip as everything else.
-    logged = await live(frozenset(question.user_id for question in questions))
-    asked = query(questions, handle.assembler.template, logged)
+    tables, template = handle.tables, handle.assembler.template
+    logged = await live(frozenset(question.user_id for question in questions), tables.history_end)
+    asked = query(questions, template, logged, tables.has_item)
     found = await handle.store.look_up(handle.bundle_id, asked)
-    merged = await merge_all(asked.user_ids, found.users, found.live, logged)
-    users = {one: user.features for one, user in merged.items() if user.features is not None}
     # This server's log may still count a user whom another server has deleted.
     forgotten = {
         one
         for one, told in found.live.items()
         if told.deleted_at is not None and (logged.get(one, NOBODY).deleted_at or 0.0) < told.deleted_at
     }
-    counted = larger(handle.counts.of(asked.user_ids - forgotten, asked.counts_of), found.counted)
-    return replace(found, users=users), merged, counted
+    own = handle.counts.of(asked.user_ids - forgotten, asked.counts_of)
+    elsewhere = {
+        one: counts.positives - own.users.get(one, NO_COUNTS).positives
+        for one, counts in found.counted.users.items()
+        if own.live or one not in logged
+    }
+    merged = await merge_all(
+        *(asked.user_ids, found.users, found.live, logged, tables.has_item, elsewhere),
+        window=template.config.max_history,
+    )
+    return found, merged, larger(own, found.counted)
 
 
 def _size(questions: Sequence[Question]) -> tuple[int, int]:
@@ -248,7 +255,7 @@ def _assemble_one(
     known = merged[user_id].features
     ages_L = UNKNOWN_AGES  # a request's history has no times, and without live counts newer likes may be missing
     if updates is not None and resolved.source != "request":
-        ages_L = like_ages(() if known is None else known.history_times, updates.at, assembler.template)
+        ages_L = like_ages(merged[user_id].like_times, updates.at, assembler.template)
     user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total, ages_L)
     if updates is not None:
         user = updates.of(user_id, user)
@@ -324,6 +331,7 @@ def _answer(prompt: _Prompt, scores: Sequence[_Score], counted: Counted) -> Answ
         dropped=user.history.dropped,
         titles_cut=user.titles_cut,
         titles_ignored=sum(item.title_ignored for item in resolved.window),
+        titles_cleaned=sum(item.asked.cleaned and not item.in_catalogue for item in resolved.window) or None,
     )
     source: CountsSource = "live" if counted.live else "bundle"
     return Answer(resolved.question.user_id, user.cold, history, source, items)
@@ -340,5 +348,6 @@ def _scored(item: PromptItem, resolved: Resolved, scored: _Score) -> ScoredItem:
         in_history=item.asked.item_id in resolved.history_ids,
         title_ignored=item.title_ignored,
         title_tokens_cut=scored.title_cut,
+        title=item.asked.title if item.asked.cleaned and not item.in_catalogue else None,
         parts=scored.parts,
     )

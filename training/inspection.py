@@ -11,6 +11,7 @@ from models.features import ItemFeatures
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
 from models.segments import SlotKind
+from models.titles import clean_title
 from training.evaluate import Scorer
 
 
@@ -28,6 +29,7 @@ def describe_prompt(
 
     Raises:
         IdError: an item that is not in the catalogue and came without a title.
+        TitleError: an item that is not in the catalogue came with text that is no title.
     """
     if history is None:
         assembled = scorer.stored_user(canonical_id(user_id))
@@ -117,7 +119,7 @@ def _item(scorer: Scorer, item_id: str, title: str | None) -> ItemFeatures:
     item = scorer.tables.item(item_id)
     if item is None and title is None:
         raise IdError(f"item {item_id!r} is not in the bundle's catalogue; give its title with --title")
-    return item or scorer.item(item_id, title or "")
+    return item or scorer.item(item_id, clean_title(title or ""))
 
 
 def _text(scorer: Scorer, token_ids: Sequence[int], slots: dict[int, SlotKind]) -> str:

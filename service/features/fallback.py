@@ -80,8 +80,8 @@ class FallbackStore:
         return error.reason
 
     async def _filled(self, bundle_id: str, query: Query, found: Features) -> Features:
-        """Add what Redis has lost and the tables know: evicted keys. Who was deleted stays out."""
-        deleted = {one for one, live in found.live.items() if live.deleted_at is not None}
+        """Add what Redis has lost and the tables know: evicted keys. What is from before a deletion stays out."""
+        deleted = {one for one, live in found.live.items() if not self._embedded.may_use(one, live.deleted_at)}
         users = query.user_ids - found.users.keys() - deleted
         items = query.item_ids - found.items.keys()
         named = {one for user_id in query.histories_of & found.users.keys() for one in found.users[user_id].history}

@@ -72,8 +72,11 @@ end
 for place = 4, behind, 2 do
   local id, wanted = ARGV[place], ARGV[place + 1] == '1'
   local deleted = redis.call('HGET', KEYS[2], id)
-  local record = false
-  if not deleted then record = redis.call('GET', KEYS[5] .. id) end
+  local record = redis.call('GET', KEYS[5] .. id)
+  -- A record ends in the time of the user's first row. What is from before the deletion is not used.
+  if deleted and record and (#record < 8 or struct.unpack('<d', record, #record - 7) <= tonumber(deleted)) then
+    record = false
+  end
   local likes = {}
   if wanted then
     if record then history(record) end

@@ -65,6 +65,11 @@ CREATE TABLE counts (
 CREATE TABLE deletions (user_id TEXT PRIMARY KEY, deleted_at REAL NOT NULL) WITHOUT ROWID;
 """
 # The newest outcomes of a user are read on every request. A log of an earlier version gets the index when it is opened.
+_ALL_LIKES = """
+INSERT OR IGNORE INTO likes SELECT user_id, like_timestamp, like_event_id, item_id FROM impressions
+WHERE like_event_id IS NOT NULL AND NOT EXISTS (SELECT * FROM meta WHERE key = 'likes');
+INSERT OR IGNORE INTO meta VALUES ('likes', 'all');
+"""  # a log of an earlier version has a user's newest 100 alone; the number of all decides on a prompt's window
 _KNOWN_INDEX = "CREATE INDEX IF NOT EXISTS impressions_known ON impressions (user_id, state, shown)"
 
 
@@ -117,6 +122,8 @@ def open_database(path: Path) -> sqlite3.Connection:
         if _pragma(connection, "application_id") == 0:
             _create(connection)
         connection.execute(_KNOWN_INDEX)
+        for statement in _statements(_ALL_LIKES):
+            connection.execute(statement)
     except sqlite3.OperationalError:
         connection.close()
         raise

@@ -16,7 +16,7 @@ from service.interactions.counts import LiveCounts, LogChange
 from service.interactions.database import LogFileError, open_to_read
 from service.interactions.event import Interaction, LogEntry
 from service.interactions.ledger import CountOf, EventConflictError, Ledger, Resolved, Taken
-from service.interactions.live import USERS_AT_ONCE, LiveUser
+from service.interactions.live import USERS_AT_ONCE, Ends, LiveUser, nothing_stored
 from service.interactions.shared import Impression
 from service.interactions.writer import LogHealth, LogUnavailableError, Writer
 from service.metrics.interactions import InteractionMetrics
@@ -203,7 +203,7 @@ class EventLog:
         except (sqlite3.Error, LogFileError) as error:
             raise LogUnavailableError(f"{self._path}: {error}") from error
 
-    async def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
+    async def live(self, user_ids: Iterable[str], ends: Ends = nothing_stored) -> dict[str, LiveUser]:
         """Return likes, outcomes and deletions of users.
 
         If the log cannot be read, likes and outcomes are missing: the score does not fail. This process keeps the
@@ -216,7 +216,7 @@ class EventLog:
                 await asyncio.sleep(0)
             some = users[first : first + USERS_AT_ONCE]
             try:
-                found |= self._read(lambda ledger, some=some: ledger.live(some))  # type: ignore[misc]
+                found |= self._read(lambda ledger, some=some: ledger.live(some, ends))  # type: ignore[misc]
             except LogUnavailableError:
                 break
         for one in self._deleted.keys() & set(users):

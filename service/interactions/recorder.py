@@ -10,7 +10,7 @@ from service.interactions.clock import Clock
 from service.interactions.counts import LiveCounts
 from service.interactions.event import Interaction
 from service.interactions.ledger import EventConflictError, Resolved, Taken
-from service.interactions.live import LiveUser
+from service.interactions.live import Ends, LiveUser, nothing_stored
 from service.interactions.log import AT_ONCE, EventLog, LogLimits
 from service.interactions.replay import Replay
 from service.interactions.shared import SharedInteractions
@@ -128,9 +128,12 @@ class Recorder:
         await self._pass_on(seq)
         return deleted_at
 
-    async def live(self, user_ids: Iterable[str]) -> Mapping[str, LiveUser]:
-        """Return what the log knows of users; those that it knows nothing of are missing."""
-        return await self._log.live(user_ids)
+    async def live(self, user_ids: Iterable[str], ends: Ends = nothing_stored) -> Mapping[str, LiveUser]:
+        """Return what the log knows of users; those that it knows nothing of are missing.
+
+        `ends` tells when the bundle's stored history of a user ends: older likes than the newest ones count after it.
+        """
+        return await self._log.live(user_ids, ends)
 
     def _forgotten(self, user_id: str) -> None:
         self.on_deleted(user_id)
