@@ -18,6 +18,7 @@ from models.packs import ScoringGroup
 from service.answers import CountsSource, HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
 from service.bundles.handle import BundleHandle
+from service.engines.protocol import EngineUnavailableError
 from service.features.protocol import Features
 from service.interactions.counts import Counted, larger
 from service.interactions.histories import NOBODY, MergedUser, merge_all
@@ -25,12 +26,18 @@ from service.interactions.live import Ends, LiveUser
 from service.questions import PromptItem, Question, Resolved, query, resolve
 from service.schemas import OnUnknown
 
+# A log that never heard of the deletions of its fleet, and no Redis to ask: the bundle may hold users who were deleted.
+DELETIONS_UNKNOWN = "who was deleted is not known: Redis has not answered since this server's log was begun"
 LiveLookup = Callable[[frozenset[str], Ends], Awaitable[Mapping[str, LiveUser]]]
 
 
 async def nothing_live(user_ids: frozenset[str], ends: Ends) -> Mapping[str, LiveUser]:
     """Know nothing of any user beyond the bundle."""
     return {}
+
+
+class DeletionsUnknownError(EngineUnavailableError):
+    """Whether users were deleted is not known, so no bundle may be used for any; it may be known later."""
 
 
 @dataclass
@@ -113,21 +120,26 @@ async def score(
     deadline: float,
     timings: Timings,
     live: LiveLookup = nothing_live,
+    deletions_known: Callable[[], bool] = lambda: True,
     *,
     explain: bool = False,
 ) -> tuple[list[Answer], list[Skipped]]:
     """Score every candidate of every question with one bundle; `deadline` is `time.monotonic()` seconds.
 
     `live` returns what this server's own log knows of users. `explain` adds the parts of its score to each item.
+    `deletions_known` says whether the log has heard of the deletions at other servers.
 
     Raises:
         UnknownItemError: an item is not in the catalogue and has no title.
+        DeletionsUnknownError: nobody tells which users were deleted.
         QueueFullError, DeadlineExceededError, EngineError: no score, and no fault of the request.
     """
     template = handle.assembler.template
     handle.batcher.check(*_size(questions), deadline)
     with timings.leg("lookup"):
         found, merged, counted = await _look_up(questions, handle, live)
+        if not found.tells_deletions and not deletions_known():
+            raise DeletionsUnknownError(DELETIONS_UNKNOWN)
     resolved, skipped = resolve(questions, found, template, on_unknown, merged)
     resolved = await _distil_unknown(resolved, handle, deadline, timings)
     with timings.leg("assemble"):

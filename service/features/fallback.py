@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import structlog
 
@@ -70,7 +71,7 @@ class FallbackStore:
         started = time.monotonic()
         found = await self._embedded.look_up(bundle_id, query)
         self._metrics.looked_up("embedded", time.monotonic() - started)
-        return found
+        return replace(found, tells_deletions=False)
 
     def _failed(self, error: LookUpError) -> FallbackReason:
         self._failures += 1
@@ -105,7 +106,7 @@ class FallbackStore:
         self._start()
         if self._trouble is None:
             return StoreHealth(True, self._detail)
-        return StoreHealth(True, f"embedded tables, because {self._trouble}")
+        return StoreHealth(True, f"embedded tables, because {self._trouble}", tells_deletions=False)
 
     async def close(self) -> None:
         """End the check in the background and free the bundle's items."""

@@ -31,7 +31,7 @@ class Features:
     histories and the likes in `live` name; a store may answer them without the vectors behind a candidate's slots.
     `live` holds what other servers shared through the store: likes of the users whose stored history was wanted,
     outcomes and deletions of all users asked for. `counted` holds the live counts of all servers since the end of the
-    bundle's own counts.
+    bundle's own counts. `tells_deletions` is False where other servers may have deleted users and could not be asked.
     """
 
     users: Mapping[str, UserFeatures]
@@ -39,6 +39,7 @@ class Features:
     live: Mapping[str, LiveUser] = field(default_factory=dict)
     history_items: Mapping[str, HistoryItem] = field(default_factory=dict)
     counted: Counted = NOTHING_COUNTED
+    tells_deletions: bool = True
 
     def history_item(self, item_id: str) -> HistoryItem | None:
         """Return what is known of an item of a history, however it came to be known."""
@@ -47,10 +48,11 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """What `/readyz` tells about a store."""
+    """What `/readyz` tells about a store; `tells_deletions` is that of `Features`."""
 
     ready: bool
     detail: str
+    tells_deletions: bool = True
 
 
 class FeatureStore(Protocol):

@@ -170,6 +170,14 @@ class Ledger:
         """Return when each deleted user was deleted."""
         return dict(self._db.execute("SELECT user_id, deleted_at FROM deletions"))
 
+    def deletions_known(self) -> bool:
+        """Return whether the deletions at other servers were heard of at least once."""
+        return self._value("SELECT value FROM meta WHERE key = 'deletions'") is not None
+
+    def know_deletions(self) -> None:
+        """Remember that the deletions at other servers were heard of."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('deletions', 'known')")
+
     def live(self, user_ids: Iterable[str], ends: Ends = nothing_stored) -> dict[str, LiveUser]:
         """Return likes, outcomes and deletion of each user; users with none of them are left out."""
         found = {}

@@ -65,6 +65,7 @@ class EventLog:
         self._filling = asyncio.Lock()
         self._counts: tuple[LiveCounts, ...] = ()  # replaced as a whole, because the writer's thread reads it
         self._deleted: dict[str, float] = {}  # for a log that cannot be read any more
+        self.deletions_known = False  # whether this log, or this process, has heard of the deletions at other servers
 
     async def start(self) -> None:
         """Open the log, if that can be done now."""
@@ -124,6 +125,10 @@ class EventLog:
         Raises:
             LogUnavailableError: the log cannot be written now.
         """
+        deletions = list(deletions)
+        # First in memory, which needs no file.
+        self._deleted |= {user: when for user, when in deletions if self._deleted.get(user, float("-inf")) < when}
+        heard_before, self.deletions_known = self.deletions_known, True
         known = self._read(lambda ledger: ledger.deletions())
         asked = [(user, when) for user, when in deletions if known.get(user, float("-inf")) < when]
 
@@ -134,11 +139,12 @@ class EventLog:
                 if known.get(user_id, float("-inf")) < when:
                     news[user_id] = max(when, ledger.newest_timestamp(user_id, received_by=when) or when)
                     ledger.delete(user_id, news[user_id], self._clock.steady())
+            ledger.know_deletions()
             return news
 
-        if not asked:
+        if not asked and heard_before:
             return ()
-        forgotten = await self._write(work, erases=True)
+        forgotten = await self._write(work, erases=bool(asked))
         self._deleted.update(forgotten)
         return tuple(forgotten)
 
@@ -221,7 +227,7 @@ class EventLog:
                 break
         for one in self._deleted.keys() & set(users):
             known = found.get(one, LiveUser())
-            if known.deleted_at is None:
+            if known.deleted_at is None or known.deleted_at < self._deleted[one]:
                 found[one] = replace(known, deleted_at=self._deleted[one])
         return found
 
@@ -258,6 +264,7 @@ class EventLog:
     def _opened(self, ledger: Ledger) -> None:
         self._clock.not_before(ledger.last_received())
         self._deleted = {**self._deleted, **ledger.deletions()}
+        self.deletions_known = self.deletions_known or ledger.deletions_known()
         for counts in self._counts:
             counts.refill(*ledger.counted_since(counts.until))
         self._ever_opened = True

@@ -49,12 +49,15 @@ class Recorder:
         events: structlog.stdlib.BoundLogger,
         shared: SharedInteractions | None = None,
         on_outcome: OnOutcome = _unheard,
+        *,
+        needs_deletions: bool = True,
     ) -> None:
         self.clock = clock
         self.limits = limits
         self.on_outcome = on_outcome
         self.on_deleted: Callable[[str], None] = lambda _: None
         self._log = log
+        self._needs_deletions = needs_deletions
         self._metrics = metrics.interactions
         self._events = events
         self._replay = None if shared is None else Replay(log, shared, metrics.interactions, events, self._forgotten)
@@ -135,6 +138,13 @@ class Recorder:
         """
         return await self._log.live(user_ids, ends)
 
+    def deletions_known(self) -> bool:
+        """Return whether the deletions at other servers are known, as far as they were once told; alone there are none.
+
+        A log that was begun while the shared store was away knows of none: a bundle may hold users who were deleted.
+        """
+        return self._replay is None or not self._needs_deletions or self._log.deletions_known
+
     def _forgotten(self, user_id: str) -> None:
         self.on_deleted(user_id)
 
@@ -185,4 +195,5 @@ def open_recorder(
     clock = clock or Clock()
     limits = LogLimits(settings.attribution_s, settings.retention_days * DAY_S)
     log = EventLog(settings.interactions_file, limits, clock, metrics.interactions)
-    return Recorder(log, clock, limits, metrics, events, shared, on_outcome)
+    needs = settings.require_deletions
+    return Recorder(log, clock, limits, metrics, events, shared, on_outcome, needs_deletions=needs)

@@ -86,6 +86,11 @@ class Replay:
     async def _step(self) -> bool:
         """Apply one batch; return whether nothing is left."""
         self._news.clear()
+        if time.monotonic() - self._deletions_asked >= DELETIONS_S:  # first: scores may wait for them
+            deletions = await self._shared.deletions()
+            self._deletions_asked = time.monotonic()
+            for user_id in await self._log.take_deletions(deletions.items()):
+                self._on_deleted(user_id)
         position = self._log.position()
         told = await self._shared.applied(position.log_id)
         applied = told if told <= position.seq else 0  # a backup of the log was put back: all of it once more
@@ -95,10 +100,6 @@ class Replay:
             applied = entries[-1].seq
         done = len(entries) < BATCH
         self._advance(position.seq if done else applied, position.seq)
-        if time.monotonic() - self._deletions_asked >= DELETIONS_S:
-            for user_id in await self._log.take_deletions((await self._shared.deletions()).items()):
-                self._on_deleted(user_id)
-            self._deletions_asked = time.monotonic()
         return await self._fill(position.log_id) and done
 
     async def _fill(self, log_id: str) -> bool:
