@@ -40,6 +40,7 @@ USERS: Columns = {
     "outcome_labels": pl.List(FLAG),
     "outcome_times": pl.List(NUMBER),
     "train_impressions": WHOLE,
+    "since": NUMBER,
     **COUNTS,
 }
 ITEMS: Columns = {"item_id": TEXT, "title": TEXT, "trained": FLAG, **COUNTS}

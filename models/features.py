@@ -3,6 +3,7 @@
 Shapes: U users, I items, C = d_C, D = d_L.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -55,6 +56,15 @@ class UserFeatures:
     history_times: tuple[float, ...]  # when each of them was liked, UTC seconds
     history_total: int  # how many liked items the user has had in all
     counts: Counts = NO_COUNTS  # of all rows that the bundle was trained and validated on
+    since: float = -math.inf  # when the first row that the bundle learned from was, UTC seconds
+
+    def may_be_used(self, deleted_at: float) -> bool:
+        """Return whether all that the bundle has of the user is from after a deletion, UTC seconds.
+
+        Training drops the rows up to a deletion that it knows. The time of the first row proves it, whatever the
+        training knew: nothing of the user's rows before it is in the bundle.
+        """
+        return self.since > deleted_at
 
 
 class HistoryItem(Protocol):
@@ -103,6 +113,7 @@ class Tables:
     history_totals: Sequence[int]
     outcomes: Sequence[tuple[Outcome, ...]]  # the newest `MAX_OUTCOMES` of valid, oldest first
     train_impressions_U: NDArray[np.int64]
+    user_since_U: NDArray[np.float64]  # when the first row of each user was, UTC seconds
     user_counts_U2: NDArray[np.int64]  # impressions and positives of all rows of train and valid
     item_counts_I2: NDArray[np.int64]
     user_vectors_UC: Floats
@@ -131,7 +142,19 @@ class Tables:
             tuple(self.history_times[row]),
             int(self.history_totals[row]),
             Counts(*self.user_counts_U2[row].tolist()),
+            float(self.user_since_U[row]),
         )
+
+    def history_end(self, user_id: str, deleted_at: float | None) -> float:
+        """Return when the newest like in a user's stored history was, UTC seconds; -inf if there is none to use."""
+        row = self._user_rows.get(user_id)
+        if row is None or (deleted_at is not None and not self.user_since_U[row] > deleted_at):
+            return -math.inf
+        return max(self.history_times[row], default=-math.inf)
+
+    def has_item(self, item_id: str) -> bool:
+        """Return whether an item is in the catalogue."""
+        return item_id in self._item_rows
 
     def item(self, item_id: str) -> ItemFeatures | None:
         """Return an item of the catalogue, or None."""

@@ -90,6 +90,7 @@ class Bundle:
             history_totals=users["history_total"].to_list(),
             outcomes=_StoredOutcomes(users.select(*OUTCOMES)),
             train_impressions_U=users["train_impressions"].to_numpy(),
+            user_since_U=users["since"].to_numpy(),
             user_counts_U2=users.select("impressions", "positives").to_numpy(),
             item_counts_I2=items.select("impressions", "positives").to_numpy(),
             user_vectors_UC=collab["user_vectors"],

@@ -17,6 +17,10 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# unknown_item: not in the catalogue, and without a title. refused_title: the title is blank, or no text.
+SkipReason = Literal["unknown_item", "refused_title"]
+
+
 class HistoryReport(Message):
     """Where a history came from and what became of it."""
 
@@ -26,6 +30,9 @@ class HistoryReport(Message):
     dropped: int = Field(description="Those before the prompt's window, over its token budget, or skipped as unknown.")
     titles_cut: int = Field(description="Titles in the prompt that the token cap shortened.")
     titles_ignored: int = Field(description="Titles sent that differ from the catalogue's, which stands.")
+    titles_cleaned: int | None = Field(
+        default=None, description="Titles in the prompt that were cleaned before they were read; absent if none was."
+    )
 
 
 # Results are plain dataclasses: a request may have a thousand, and what is made here needs no checking.
@@ -46,6 +53,10 @@ class ScoredItem:
     in_history: Annotated[bool, Field(description="The item stands in the history.")]
     title_ignored: Annotated[bool, Field(description="The title sent differs from the catalogue's, which stands.")]
     title_tokens_cut: Annotated[int, Field(description="Tokens that the title's cap cut off.")]
+    title: Annotated[
+        str | None,
+        Field(description="The title that was read, where cleaning changed the one sent; absent otherwise."),
+    ] = None
     parts: Annotated[
         dict[str, float] | None,
         Field(description="With explain: what each part adds to the logit of score; their sum is the logit."),
@@ -80,7 +91,7 @@ class Skipped(Message):
 
     field: str
     item_id: str
-    reason: Literal["unknown_item"] = "unknown_item"
+    reason: SkipReason = "unknown_item"
 
 
 class _Answer(Message):

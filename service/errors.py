@@ -49,6 +49,10 @@ class UnknownItemError(RequestError):
     code = "unknown_item"
 
 
+class TitleRefusedError(RequestError):
+    """A title that shows nothing, or that is no text."""
+
+
 class DuplicateCandidateError(RequestError):
     """A candidate that stands twice in a /rank request."""
 

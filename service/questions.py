@@ -5,14 +5,19 @@ are one question. Every item remembers where in the request it stood, so that an
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
+from types import MappingProxyType
 
 from models.assembly import history_window
 from models.features import HistoryItem, ItemFeatures
-from models.template import Template
-from service.answers import HistorySource, Skipped
-from service.errors import DuplicateCandidateError, LimitError, UnknownItemError
+from models.template import Template, window_start
+from models.titles import TitleError, clean_title
+from service.answers import HistorySource, Skipped, SkipReason
+from service.errors import DuplicateCandidateError, LimitError, TitleRefusedError, UnknownItemError
 from service.features.protocol import Features, Query
+from service.interactions.histories import IsKnown, MergedUser, everything_known
 from service.interactions.live import LiveUser
 from service.schemas import ItemRef, OnUnknown, RankRequest, ScoreRequest
 from service.settings import Settings
@@ -23,8 +28,10 @@ class Asked:
     """An item as the client named it, and where."""
 
     item_id: str
-    title: str | None
+    title: str | None  # in the form of `models.titles.clean_title`
     field: str
+    cleaned: bool = False  # the title that was sent is another
+    refused: bool = False  # the title that was sent is none, and `on_unknown` is "skip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ def questions_of_rank(request: RankRequest, settings: Settings) -> list[Question
 
     Raises:
         LimitError: a list or a title is over its limit.
+        RequestError: a title is none, and `on_unknown` is "error".
         DuplicateCandidateError: a candidate stands twice.
     """
     _check_length("candidates", len(request.candidates), settings.max_candidates)
@@ -76,8 +84,9 @@ def questions_of_rank(request: RankRequest, settings: Settings) -> list[Question
                 f"candidate {one.item_id[:40]!r} stands at {before} and at {index}; send it once",
                 f"candidates[{index}]",
             )
-    history = _history("history", request.history, settings)
-    return [Question(request.user_id, history, _asked("candidates", request.candidates, settings))]
+    asking = _Asking(settings, request.on_unknown)
+    history = asking.history("history", request.history)
+    return [Question(request.user_id, history, asking.items("candidates", request.candidates))]
 
 
 def questions_of_score(request: ScoreRequest, settings: Settings) -> tuple[list[Question], list[tuple[int, int]]]:
@@ -85,8 +94,10 @@ def questions_of_score(request: ScoreRequest, settings: Settings) -> tuple[list[
 
     Raises:
         LimitError: a list or a title is over its limit.
+        RequestError: a title is none, and `on_unknown` is "error".
     """
     _check_length("pairs", len(request.pairs), settings.max_pairs)
+    asking = _Asking(settings, request.on_unknown)
     # A history is told apart by its items, not by where it stood.
     numbers: dict[tuple[str, tuple[tuple[str, str | None], ...] | None], int] = {}
     heads: list[tuple[str, tuple[Asked, ...] | None]] = []
@@ -96,25 +107,31 @@ def questions_of_score(request: ScoreRequest, settings: Settings) -> tuple[list[
         told = None if pair.history is None else tuple((one.item_id, one.title) for one in pair.history)
         number = numbers.setdefault((pair.user_id, told), len(heads))
         if number == len(heads):
-            heads.append((pair.user_id, _history(f"pairs[{index}].history", pair.history, settings)))
+            heads.append((pair.user_id, asking.history(f"pairs[{index}].history", pair.history)))
             candidates.append([])
         places.append((number, len(candidates[number])))
-        _check_title(f"pairs[{index}].title", pair.title, settings)
-        candidates[number].append(Asked(pair.item_id, pair.title, f"pairs[{index}]"))
+        candidates[number].append(asking.item(f"pairs[{index}]", pair.item_id, pair.title))
     questions = [Question(*head, tuple(asked)) for head, asked in zip(heads, candidates, strict=True)]
     return questions, places
 
 
-def query(questions: Sequence[Question], template: Template, live: Mapping[str, LiveUser] | None = None) -> Query:
+def query(
+    questions: Sequence[Question],
+    template: Template,
+    live: Mapping[str, LiveUser] | None = None,
+    is_known: IsKnown = everything_known,
+) -> Query:
     """Return what to look up: the users, the candidates, and those history entries that the prompt shows.
 
-    `live` is what this server's own log knows of the users.
+    `live` is what this server's own log knows of the users, and `is_known` says which items the bundle knows.
     """
     items = {one.item_id for question in questions for one in question.candidates}
     if live and (shown := template.config.max_history):
         stored = {question.user_id for question in questions if question.history is None}
-        # No like before a user's last `max_history` can be in the window, whatever else is known of the user.
-        items.update(like.item_id for one in stored & live.keys() for like in live[one].likes[-shown:])
+        # No like before a user's last `max_history` of known items can be in the window, whatever else is known.
+        for one in stored & live.keys():
+            liked = chain((like.item_id for like in reversed(live[one].likes)), (row[2] for row in live[one].earlier))
+            items.update(islice(filter(is_known, liked), shown))
     for question in questions:
         if question.history is not None:
             items.update(one.item_id for one in _window(question.history, template))
@@ -131,15 +148,15 @@ def resolve(
     found: Features,
     template: Template,
     on_unknown: OnUnknown,
-    live: frozenset[str] = frozenset(),
+    merged: Mapping[str, MergedUser] = MappingProxyType({}),
 ) -> tuple[list[Resolved], list[Skipped]]:
-    """Join questions with what was found; the histories of users in `live` have live likes in them.
+    """Join questions with what was found; users in `merged` are as their live likes made them.
 
     Raises:
         UnknownItemError: an item is not in the catalogue and has no title, and `on_unknown` is "error".
     """
     skipped: list[Skipped] = []
-    resolved = [_resolve(question, found, template, on_unknown, skipped, live) for question in questions]
+    resolved = [_resolve(question, found, template, on_unknown, skipped, merged) for question in questions]
     return resolved, skipped
 
 
@@ -149,9 +166,9 @@ def _resolve(
     template: Template,
     on_unknown: OnUnknown,
     skipped: list[Skipped],
-    live: frozenset[str],
+    merged: Mapping[str, MergedUser],
 ) -> Resolved:
-    user = found.users.get(question.user_id)
+    user = merged.get(question.user_id) or MergedUser(found.users.get(question.user_id))
     source: HistorySource
     if question.history is not None:
         source, total = "request", len(question.history)
@@ -159,14 +176,13 @@ def _resolve(
         history_ids = frozenset(one.item_id for one in question.history)
         window = [_find(one, found.items, on_unknown, skipped) for one in told]
     else:
-        total = 0 if user is None else user.history_total
-        source = "none" if not total else "live" if question.user_id in live else "bundle"
-        stored = user.history if user is not None else ()
-        history_ids = frozenset(stored)
+        total = user.total
+        source = "none" if not total else "live" if user.likes or user.outside else "bundle"
+        history_ids = frozenset(user.features.history if user.features is not None else ())
         # The client did not send these, so an item that left the catalogue is dropped and counted, not an error.
         window = [
             PromptItem(Asked(one, None, "history"), item, in_catalogue=True, title_ignored=False)
-            for one in history_window(stored, total, template)
+            for one in _live_window(user, template)
             if (item := found.history_item(one)) is not None
         ]
     candidates = tuple(_find(one, found.items, on_unknown, skipped) for one in question.candidates)
@@ -174,22 +190,43 @@ def _resolve(
     return Resolved(question, source, total, history_ids, known, candidates)
 
 
+def _live_window(user: MergedUser, template: Template) -> Sequence[str]:
+    """Return the ids of the window of the items that a user has liked and the bundle knows."""
+    if user.features is None:
+        return ()
+    history, total = user.features.history, user.features.history_total
+    shown = total - window_start(total, template.config)
+    reach = len(history) if user.reach is None else user.reach
+    return history[len(history) - min(shown, reach) :]
+
+
 def _find(
     asked: Asked, items: Mapping[str, ItemFeatures], on_unknown: OnUnknown, skipped: list[Skipped]
 ) -> PromptItem | None:
     known = items.get(asked.item_id)
     if known is not None:
-        # The vectors were learned with the catalogue's title; another text beside them is nothing the LM has seen.
-        ignored = asked.title is not None and asked.title != known.title
-        return PromptItem(asked, known, in_catalogue=True, title_ignored=ignored)
+        return PromptItem(asked, known, in_catalogue=True, title_ignored=_is_ignored(asked, known.title))
     if asked.title is not None:
         return PromptItem(asked, None, in_catalogue=False, title_ignored=False)
     if on_unknown == "skip":
-        skipped.append(Skipped(field=asked.field, item_id=asked.item_id))
+        reason: SkipReason = "refused_title" if asked.refused else "unknown_item"
+        skipped.append(Skipped(field=asked.field, item_id=asked.item_id, reason=reason))
         return None
     raise UnknownItemError(
         f"item {asked.item_id[:40]!r} is not in the catalogue; send its title, or set on_unknown to skip", asked.field
     )
+
+
+def _is_ignored(asked: Asked, catalogue_title: str) -> bool:
+    """Return whether a title was sent that is not the catalogue's.
+
+    The vectors were learned with the catalogue's title; another text beside them is nothing the LM has seen.
+    """
+    if asked.title is None or asked.title == catalogue_title:
+        return asked.refused
+    with suppress(TitleError):
+        return asked.title != clean_title(catalogue_title)
+    return True
 
 
 def _window(history: Sequence[Asked], template: Template) -> Sequence[Asked]:
@@ -197,24 +234,49 @@ def _window(history: Sequence[Asked], template: Template) -> Sequence[Asked]:
     return history[len(history) - shown :]
 
 
-def _history(field: str, items: Sequence[ItemRef] | None, settings: Settings) -> tuple[Asked, ...] | None:
-    if items is None:
-        return None
-    _check_length(field, len(items), settings.max_history)
-    return _asked(field, items, settings)
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """Reads a request's items under the limits of the settings."""
+
+    settings: Settings
+    on_unknown: OnUnknown
+
+    def history(self, field: str, items: Sequence[ItemRef] | None) -> tuple[Asked, ...] | None:
+        if items is None:
+            return None
+        _check_length(field, len(items), self.settings.max_history)
+        return self.items(field, items)
+
+    def items(self, field: str, items: Sequence[ItemRef]) -> tuple[Asked, ...]:
+        return tuple(self.item(f"{field}[{index}]", one.item_id, one.title) for index, one in enumerate(items))
+
+    def item(self, field: str, item_id: str, title: str | None) -> Asked:
+        if title is None:
+            return Asked(item_id, None, field)
+        try:
+            cleaned = read_title(f"{field}.title", title, self.settings)
+        except TitleRefusedError:
+            if self.on_unknown == "error":
+                raise
+            return Asked(item_id, None, field, refused=True)
+        return Asked(item_id, cleaned, field, cleaned=cleaned != title)
 
 
-def _asked(field: str, items: Sequence[ItemRef], settings: Settings) -> tuple[Asked, ...]:
-    for index, one in enumerate(items):
-        _check_title(f"{field}[{index}].title", one.title, settings)
-    return tuple(Asked(one.item_id, one.title, f"{field}[{index}]") for index, one in enumerate(items))
+def read_title(field: str, title: str, settings: Settings) -> str:
+    """Return the form of a title that stands in a prompt.
+
+    Raises:
+        LimitError: it is too long.
+        TitleRefusedError: it is none.
+    """
+    if len(title) > settings.max_title:
+        raise LimitError(f"a title of {len(title)} characters; send at most {settings.max_title}", field)
+    try:
+        return clean_title(title)
+    except TitleError as error:
+        raise TitleRefusedError(str(error), field) from error
 
 
 def _check_length(field: str, length: int, limit: int) -> None:
     if length > limit:
         raise LimitError(f"{length} entries; send at most {limit}", field)
-
-
-def _check_title(field: str, title: str | None, settings: Settings) -> None:
-    if title is not None and len(title) > settings.max_title:
-        raise LimitError(f"a title of {len(title)} characters; send at most {settings.max_title}", field)

@@ -2,12 +2,10 @@
 
 import math
 import re
-import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,9 +22,6 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from models.ids import MAX_ID_LENGTH, canonical_id
 from service.settings import Settings
-
-# C0 and C1 controls, surrogates, line and paragraph separators: a title is one printable line.
-_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 # Seconds of the years 1 to 9999, as in data folders.
 EARLIEST = datetime(1, 1, 1, tzinfo=UTC).timestamp()
@@ -85,19 +80,6 @@ def _short_title(value: object, info: ValidationInfo) -> object:
             "a title of {length} characters; send at most {limit}",
             {"length": len(value), "limit": limit},
         )
-    return value
-
-
-def _printable_line(value: str) -> str:
-    if not value.strip():
-        raise PydanticCustomError("title_blank", "a title is blank; leave it out or give its text")
-    for place, character in enumerate(value):
-        if unicodedata.category(character) in _REFUSED_CATEGORIES:
-            raise PydanticCustomError(
-                "title_character",
-                "a title holds U+{code} at position {place}; remove control characters and line breaks",
-                {"code": f"{ord(character):04X}", "place": place},
-            )
     return value
 
 
@@ -169,7 +151,8 @@ _SPARE = 64  # values of a body beside its lists, and some more
 
 Share = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=1, allow_inf_nan=False)]
 Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
-Title = Annotated[str, BeforeValidator(_short_title), AfterValidator(_printable_line)]
+# Read by `service.questions.read_title`, which knows what to do with a refused one.
+Title = Annotated[str, BeforeValidator(_short_title)]
 OnUnknown = Literal["error", "skip"]
 Label = Annotated[
     bool | None,

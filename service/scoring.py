@@ -18,19 +18,26 @@ from models.packs import ScoringGroup
 from service.answers import CountsSource, HistoryReport, ScoredItem, Skipped
 from service.batcher import Waited
 from service.bundles.handle import BundleHandle
+from service.engines.protocol import EngineUnavailableError
 from service.features.protocol import Features
 from service.interactions.counts import Counted, larger
 from service.interactions.histories import NOBODY, MergedUser, merge_all
-from service.interactions.live import LiveUser
+from service.interactions.live import Ends, LiveUser
 from service.questions import PromptItem, Question, Resolved, query, resolve
 from service.schemas import OnUnknown
 
-LiveLookup = Callable[[frozenset[str]], Awaitable[Mapping[str, LiveUser]]]
+# A log that never heard of the deletions of its fleet, and no Redis to ask: the bundle may hold users who were deleted.
+DELETIONS_UNKNOWN = "who was deleted is not known: Redis has not answered since this server's log was begun"
+LiveLookup = Callable[[frozenset[str], Ends], Awaitable[Mapping[str, LiveUser]]]
 
 
-async def nothing_live(user_ids: frozenset[str]) -> Mapping[str, LiveUser]:
+async def nothing_live(user_ids: frozenset[str], ends: Ends) -> Mapping[str, LiveUser]:
     """Know nothing of any user beyond the bundle."""
     return {}
+
+
+class DeletionsUnknownError(EngineUnavailableError):
+    """Whether users were deleted is not known, so no bundle may be used for any; it may be known later."""
 
 
 @dataclass
@@ -124,23 +131,27 @@ async def score(
     deadline: float,
     timings: Timings,
     live: LiveLookup = nothing_live,
+    deletions_known: Callable[[], bool] = lambda: True,
     *,
     explain: bool = False,
 ) -> tuple[list[Answer], list[Skipped]]:
     """Score every candidate of every question with one bundle; `deadline` is `time.monotonic()` seconds.
 
     `live` returns what this server's own log knows of users. `explain` adds the parts of its score to each item.
+    `deletions_known` says whether the log has heard of the deletions at other servers.
 
     Raises:
         UnknownItemError: an item is not in the catalogue and has no title.
+        DeletionsUnknownError: nobody tells which users were deleted.
         QueueFullError, DeadlineExceededError, EngineError: no score, and no fault of the request.
     """
     template = handle.assembler.template
     handle.batcher.check(*_size(questions), deadline)
     with timings.leg("lookup"):
         found, merged, counted = await _look_up(questions, handle, live)
-    with_likes = frozenset(one for one, user in merged.items() if user.likes)
-    resolved, skipped = resolve(questions, found, template, on_unknown, with_likes)
+        if not found.tells_deletions and not deletions_known():
+            raise DeletionsUnknownError(DELETIONS_UNKNOWN)
+    resolved, skipped = resolve(questions, found, template, on_unknown, merged)
     resolved = await _distil_unknown(resolved, handle, deadline, timings)
     with timings.leg("assemble"):
         prompts = await _assemble(resolved, merged, handle, live=counted.live)
@@ -151,21 +162,29 @@ async def score(
 async def _look_up(
     questions: Sequence[Question], handle: BundleHandle, live: LiveLookup
 ) -> tuple[Features, dict[str, MergedUser], Counted]:
-    """Return the features, with live likes in the histories; the merged users, with live outcomes; the live counts."""
+    """Return what was found; the merged users, with live likes and outcomes; the live counts."""
     # The log first: its likes are looked up in the same round trip as everything else.
-    logged = await live(frozenset(question.user_id for question in questions))
-    asked = query(questions, handle.assembler.template, logged)
+    tables, template = handle.tables, handle.assembler.template
+    logged = await live(frozenset(question.user_id for question in questions), tables.history_end)
+    asked = query(questions, template, logged, tables.has_item)
     found = await handle.store.look_up(handle.bundle_id, asked)
-    merged = await merge_all(asked.user_ids, found.users, found.live, logged)
-    users = {one: user.features for one, user in merged.items() if user.features is not None}
     # This server's log may still count a user whom another server has deleted.
     forgotten = {
         one
         for one, told in found.live.items()
         if told.deleted_at is not None and (logged.get(one, NOBODY).deleted_at or 0.0) < told.deleted_at
     }
-    counted = larger(handle.counts.of(asked.user_ids - forgotten, asked.counts_of), found.counted)
-    return replace(found, users=users), merged, counted
+    own = handle.counts.of(asked.user_ids - forgotten, asked.counts_of)
+    elsewhere = {
+        one: counts.positives - own.users.get(one, NO_COUNTS).positives
+        for one, counts in found.counted.users.items()
+        if own.live or one not in logged
+    }
+    merged = await merge_all(
+        *(asked.user_ids, found.users, found.live, logged, tables.has_item, elsewhere),
+        window=template.config.max_history,
+    )
+    return found, merged, larger(own, found.counted)
 
 
 def _size(questions: Sequence[Question]) -> tuple[int, int]:
@@ -259,7 +278,7 @@ def _assemble_one(
     known = merged[user_id].features
     ages_L = UNKNOWN_AGES  # a request's history has no times, and without live counts newer likes may be missing
     if updates is not None and resolved.source != "request":
-        ages_L = like_ages(() if known is None else known.history_times, updates.at, assembler.template)
+        ages_L = like_ages(merged[user_id].like_times, updates.at, assembler.template)
     user = assembler.user(known, [_known(item) for item in resolved.window], resolved.total, ages_L)
     if updates is not None:
         user = updates.of(user_id, user)
@@ -342,6 +361,7 @@ def _answer(prompt: _Prompt, scores: Sequence[_Score], counted: Counted) -> Answ
         dropped=user.history.dropped,
         titles_cut=user.titles_cut,
         titles_ignored=sum(item.title_ignored for item in resolved.window),
+        titles_cleaned=sum(item.asked.cleaned and not item.in_catalogue for item in resolved.window) or None,
     )
     source: CountsSource = "live" if counted.live else "bundle"
     logits = tuple(one.logit for one in scores)
@@ -359,5 +379,6 @@ def _scored(item: PromptItem, resolved: Resolved, scored: _Score) -> ScoredItem:
         in_history=item.asked.item_id in resolved.history_ids,
         title_ignored=item.title_ignored,
         title_tokens_cut=scored.title_cut,
+        title=item.asked.title if item.asked.cleaned and not item.in_catalogue else None,
         parts=scored.parts,
     )

@@ -231,6 +231,11 @@ class Settings(BaseSettings):
         description="The log of interactions, an SQLite file that one server writes. Unset: interactions.sqlite beside"
         " the bundle's folder, so that it outlives a bundle.",
     )
+    require_deletions: bool = Field(
+        default=True,
+        description="With Redis: score nobody while a log that has never heard of the deletions at other servers cannot"
+        " ask Redis for them, because the bundle may hold users who were deleted. false scores them by the bundle.",
+    )
     attribution_s: float = Field(
         default=3600.0,
         gt=0,

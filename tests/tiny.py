@@ -64,10 +64,12 @@ def tiny_bundle(
     d_model: int = D_MODEL,
     reference: dict[str, Any] | None = None,
     counted_until: float = HISTORY_END,
+    since: float = HISTORY_END - 100 * DAY_S,
 ) -> Bundle:
     """Write a random bundle at `out` and open it.
 
-    `rest_seed` makes other projections and tables around an equal language model.
+    `rest_seed` makes other projections and tables around an equal language model. `since` is the time of every user's
+    first row.
     """
     rest = seed if rest_seed is None else rest_seed
     size = size or TinySize()
@@ -79,7 +81,7 @@ def tiny_bundle(
         backbone.save(folder / "backbone")
         base_id = Definition.read(folder / "backbone").identify(load_backbone(folder / "backbone").weights_id())
         _write_adapter(backbone, folder / "adapter", seed)
-        _write_tables(folder, size, rest, d_model)
+        _write_tables(folder, size, rest, d_model, since)
         _write_projection(folder, backbone.embedding_norm(), rest, d_model)
         identity.update(
             base_id=base_id,
@@ -215,7 +217,7 @@ def _counts(rows: int, trained: int, rng: np.random.Generator) -> dict[str, NDAr
     return {"impressions": impressions, "positives": rng.binomial(impressions, 0.4)}
 
 
-def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None:
+def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int, since: float) -> None:
     rng = np.random.default_rng(seed + 3)
 
     def normal(*shape: int) -> NDArray[np.float32]:
@@ -276,6 +278,7 @@ def _write_tables(folder: Path, size: TinySize, seed: int, d_model: int) -> None
             "outcome_labels": pl.Series([[one for _, one in told] for told in outcomes], dtype=pl.List(pl.Boolean)),
             "outcome_times": pl.Series(shown, dtype=pl.List(pl.Float64)),
             "train_impressions": seen,
+            "since": [since] * size.users,
             **counts,
         }
     ).write_parquet(folder / "users.parquet")

@@ -20,6 +20,7 @@ from models.fusion import Counts, probabilities
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
 from models.packs import ScoringGroup
+from training.data.columns import cleaned_title
 from training.data.errors import DataError
 from training.evaluate import SCORING_TOKENS, Scorer
 from training.progress import Progress, no_progress
@@ -85,8 +86,10 @@ def score_pairs(
     skip_unknown: bool,
     chunk: int,
     progress: Progress = no_progress,
-) -> None:
+) -> int:
     """Score every pair of a file into `out`: user_id, item_id, score, raw_score, cold_user, cold_item.
+
+    Returns how many pairs of items outside the catalogue have a title that `models.titles.clean_title` changed.
 
     Parts are kept in `out`.parts until all are there; a run with the same bundle, pairs and options takes up those
     that are finished.
@@ -115,6 +118,7 @@ def score_pairs(
         "device": backbone.model.device.type,
     }
     _claim(folder, identity)
+    cleaned = 0
     for index, (first, part) in enumerate(source.parts(chunk)):
         path = folder / f"{index:08d}.parquet"
         if not path.exists():
@@ -123,6 +127,7 @@ def score_pairs(
             scorer.model.forget()
             _score_part(bundle, scorer, part, first, pairs.name, skip_unknown).write_parquet(scratch)
             scratch.rename(path)
+        cleaned += _titles_cleaned(scorer, part)
         progress(first + part.height, total)
     scored = pl.scan_parquet(sorted(folder.glob("*.parquet")))
     scratch = out.with_name(f".{out.name}.scratch")
@@ -132,6 +137,17 @@ def score_pairs(
         scored.sink_parquet(scratch)
     scratch.rename(out)
     shutil.rmtree(folder)
+    return cleaned
+
+
+def _titles_cleaned(scorer: Scorer, part: pl.DataFrame) -> int:
+    if "title" not in part.columns:
+        return 0
+    rows = zip(part["item_id"].to_list(), part["title"].to_list(), strict=True)
+    return sum(
+        cleaned_title(title) not in (None, title) and not scorer.tables.has_item(str(item_id))
+        for item_id, title in rows
+    )
 
 
 def _claim(folder: Path, identity: dict[str, object]) -> None:
@@ -208,8 +224,7 @@ def _items(
     for row, (item_id, title) in enumerate(zip(items, titles, strict=True)):
         if scorer.tables.item(item_id) is not None:
             wanted[item_id] = ""
-        elif isinstance(title, str) and title.strip():
-            clean = " ".join(title.split())
+        elif (clean := cleaned_title(title)) is not None:
             if wanted.setdefault(item_id, clean) != clean:
                 raise DataError(
                     f"{file}: column 'title', row {first + row + 1}: {item_id!r} is {clean!r} here and"

@@ -14,6 +14,7 @@ from rich.table import Table
 from models.backbone import BackboneError
 from models.bundle import BundleError
 from models.ids import IdError
+from models.titles import TitleError
 from models.tokens import TokenizerError
 from training.config import Config, ConfigError, Until, load_config
 from training.data.errors import DataError
@@ -187,7 +188,10 @@ def score(
 
         opened, scorer = open_scorer(bundle, device, dtype)
         with progress_bar(f"scoring {pairs.name}") as progress:
-            score_pairs(opened, scorer, pairs, out, skip_unknown=on_unknown == "skip", chunk=chunk, progress=progress)
+            skip = on_unknown == "skip"
+            cleaned = score_pairs(opened, scorer, pairs, out, skip_unknown=skip, chunk=chunk, progress=progress)
+        if cleaned:
+            print(f"{cleaned:,} pairs have a title that was cleaned (docs/data.md)", file=sys.stderr)
 
 
 @app.command()
@@ -316,7 +320,7 @@ def one_line_errors() -> Iterator[None]:
 
     known = (
         *(DataError, ConfigError, BundleError, BackboneError),
-        *(TokenizerError, IdError, RunError, TrainingError, NotFiniteError),
+        *(TokenizerError, IdError, TitleError, RunError, TrainingError, NotFiniteError),
     )
     try:
         yield

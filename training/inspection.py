@@ -12,6 +12,7 @@ from models.fusion import probabilities
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
 from models.segments import SlotKind
+from models.titles import clean_title
 from training.evaluate import Scorer
 
 
@@ -29,6 +30,7 @@ def describe_prompt(
 
     Raises:
         IdError: an item that is not in the catalogue and came without a title.
+        TitleError: an item that is not in the catalogue came with text that is no title.
     """
     if history is None:
         assembled = scorer.stored_user(canonical_id(user_id))
@@ -118,7 +120,7 @@ def _item(scorer: Scorer, item_id: str, title: str | None) -> ItemFeatures:
     item = scorer.tables.item(item_id)
     if item is None and title is None:
         raise IdError(f"item {item_id!r} is not in the bundle's catalogue; give its title with --title")
-    return item or scorer.item(item_id, title or "")
+    return item or scorer.item(item_id, clean_title(title or ""))
 
 
 def _text(scorer: Scorer, token_ids: Sequence[int], slots: dict[int, SlotKind]) -> str:

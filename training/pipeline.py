@@ -184,6 +184,7 @@ def _scorer(
         history_totals=[len(rows) for rows in liked],
         outcomes=_outcomes(splits["valid"], histories.user_ids),
         train_impressions_U=_counts([splits["train"]], "user_id", histories.user_ids)[:, 0],
+        user_since_U=_first_rows(splits.values(), histories.user_ids),
         user_counts_U2=_counts(splits.values(), "user_id", histories.user_ids),
         item_counts_I2=_counts(splits.values(), "item_id", items["item_id"]),
         user_vectors_UC=tables["user_vectors"].numpy(),
@@ -207,6 +208,14 @@ def _counts(frames: Iterable[pl.DataFrame], column: str, ids: pl.Series) -> np.n
     counted = counts_by_id(pl.concat(frame.select(column, "label") for frame in frames), column)
     joined = ids.alias(column).to_frame().join(counted, on=column, how="left", maintain_order="left")
     return joined.select("impressions", "positives").fill_null(0).to_numpy()
+
+
+def _first_rows(frames: Iterable[pl.DataFrame], user_ids: pl.Series) -> np.ndarray:
+    """Return when the first row of each user was over all rows that the bundle learns from, `(U,)` UTC seconds."""
+    rows = pl.concat(frame.select("user_id", pl.col("timestamp").cast(pl.Float64)) for frame in frames)
+    first = rows.group_by("user_id").agg(pl.col("timestamp").min())
+    joined = user_ids.alias("user_id").to_frame().join(first, on="user_id", how="left", maintain_order="left")
+    return joined["timestamp"].to_numpy()
 
 
 def _outcomes(valid: pl.DataFrame, user_ids: pl.Series) -> list[tuple[Outcome, ...]]:
@@ -297,6 +306,7 @@ def _write_tables(folder: Path, tables: Tables) -> None:
                 [[one.shown for one in told] for told in tables.outcomes], dtype=pl.List(pl.Float64)
             ),
             "train_impressions": tables.train_impressions_U,
+            "since": tables.user_since_U,
             "impressions": tables.user_counts_U2[:, 0],
             "positives": tables.user_counts_U2[:, 1],
         }

@@ -10,7 +10,7 @@ A user's:
 
     version u8 | flags u8 | likes u16 | likes in all u32 | bytes of the ids u32 | checksum u32
     vector_C, unless there is none | time of each like f64 | ids of the likes, each u16 and its bytes
-    impressions u64 | positives u64
+    impressions u64 | positives u64 | time of the user's first row f64
 
 Everything is little-endian; bit 0 of the flags is "trained", bits 1 and 2 are the vectors' precision. Checksums cover
 the id too, so that a record under another key is found out. Shapes: C = d_C, D = d_L.
@@ -27,7 +27,7 @@ from xxhash import xxh3_64_intdigest
 from models.features import Floats, ItemFeatures, UserFeatures
 from models.fusion import Counts
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 HEADER_BYTES = 16
 
 PrecisionName = Literal["float32", "bfloat16", "float16"]
@@ -37,6 +37,7 @@ _USER = struct.Struct("<BBHII")
 _SUM = struct.Struct("<I")
 _LENGTH = struct.Struct("<H")
 _COUNTS = struct.Struct("<QQ")
+_USER_END = struct.Struct("<QQd")
 _TRAINED = 1
 _FLOAT32, _FLOAT16, _HALVES = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u2")
 
@@ -178,7 +179,7 @@ class Codec:
         vector = b"" if user.vector_C is None else precision.encode(user.vector_C)
         times = np.asarray(user.history_times, "<f8").tobytes()
         ids = b"".join(_LENGTH.pack(len(one)) + one for one in likes)
-        body = vector + times + ids + _COUNTS.pack(*user.counts)
+        body = vector + times + ids + _USER_END.pack(*user.counts, user.since)
         flags = precision.value << 1 | (user.vector_C is not None)
         head = _USER.pack(RECORD_VERSION, flags, len(likes), user.history_total, len(ids))
         return head + _SUM.pack(_checksum(user.user_id, head, body)) + body
@@ -195,18 +196,20 @@ class Codec:
         precision = _precision("a user", version, flags)
         times_at = HEADER_BYTES + (precision.width * self.d_collab if flags & _TRAINED else 0)
         ids_at = times_at + 8 * count
-        counts_at = ids_at + ids_bytes
-        if len(record) != counts_at + _COUNTS.size:
+        end_at = ids_at + ids_bytes
+        if len(record) != end_at + _USER_END.size:
             raise _wrong("a user", f"has {len(record)} bytes")
         if _checksum(user_id, record[:12], memoryview(record)[HEADER_BYTES:]) != _SUM.unpack_from(record, 12)[0]:
             raise _wrong("a user", "is damaged")
+        impressions, positives, since = _USER_END.unpack_from(record, end_at)
         return UserFeatures(
             user_id,
             precision.decode(record, HEADER_BYTES, self.d_collab) if flags & _TRAINED else None,
             _ids(record, ids_at, count),
             tuple(np.frombuffer(record, "<f8", count, times_at).tolist()),
             total,
-            Counts(*_COUNTS.unpack_from(record, counts_at)),
+            Counts(impressions, positives),
+            since,
         )
 
 

@@ -32,6 +32,13 @@ class EmbeddedStore:
             self._metrics.looked_up("embedded", time.monotonic() - started)
         return found
 
+    def may_use(self, user_id: str, deleted_at: float | None) -> bool:
+        """Return whether what the bundle has of a user, if anything, is from after the user's deletion, if any."""
+        if deleted_at is None:
+            return True
+        user = self._tables.user(user_id)
+        return user is not None and user.may_be_used(deleted_at)
+
     def _items(self, item_ids: Iterable[str]) -> dict[str, ItemFeatures]:
         return {one: item for one in item_ids if (item := self._tables.item(one)) is not None}
 

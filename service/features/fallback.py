@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import structlog
 
@@ -79,7 +80,7 @@ class FallbackStore:
         started = time.monotonic()
         found = await self._embedded.look_up(bundle_id, query)
         self._metrics.looked_up("embedded", time.monotonic() - started)
-        return found
+        return replace(found, tells_deletions=False)
 
     def _failed(self, error: LookUpError) -> FallbackReason:
         self._failures += 1
@@ -90,9 +91,9 @@ class FallbackStore:
     async def _filled(self, bundle_id: str, query: Query, found: Features) -> Features:
         """Add what Redis lacks and the tables know: lost keys, damaged records, a bundle that was not published.
 
-        Who was deleted stays out.
+        What is from before a deletion stays out.
         """
-        deleted = {one for one, live in found.live.items() if live.deleted_at is not None}
+        deleted = {one for one, live in found.live.items() if not self._embedded.may_use(one, live.deleted_at)}
         users = query.user_ids - found.users.keys() - deleted
         items = query.item_ids - found.items.keys()
         named = {one for user_id in query.histories_of & found.users.keys() for one in found.users[user_id].history}
@@ -126,7 +127,7 @@ class FallbackStore:
         self._start()
         if self._trouble is None:
             return StoreHealth(True, self._detail)
-        return StoreHealth(True, f"embedded tables, because {self._trouble}")
+        return StoreHealth(True, f"embedded tables, because {self._trouble}", tells_deletions=False)
 
     async def close(self) -> None:
         """End the check in the background and free the bundle's items."""

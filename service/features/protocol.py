@@ -34,6 +34,7 @@ class Features:
     outcomes and deletions of all users asked for. `counted` holds the live counts of all servers since the end of the
     bundle's own counts. `held` is False if the store does not have the bundle, and so no user and item of it. `damaged`
     has a kind for each record that could not be read and was left out.
+    `tells_deletions` is False where other servers may have deleted users and could not be asked.
     """
 
     users: Mapping[str, UserFeatures]
@@ -43,6 +44,7 @@ class Features:
     counted: Counted = NOTHING_COUNTED
     held: bool = True
     damaged: Sequence[DamagedKind] = ()
+    tells_deletions: bool = True
 
     def history_item(self, item_id: str) -> HistoryItem | None:
         """Return what is known of an item of a history, however it came to be known."""
@@ -51,10 +53,11 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """What `/readyz` tells about a store."""
+    """What `/readyz` tells about a store; `tells_deletions` is that of `Features`."""
 
     ready: bool
     detail: str
+    tells_deletions: bool = True
 
 
 class FeatureStore(Protocol):

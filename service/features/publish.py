@@ -79,7 +79,7 @@ class Published:
     already: bool  # it was there before; nothing was written but what was damaged or lost
     users: int
     items: int
-    deleted: int  # users of the bundle who were deleted since, and left out
+    deleted: int  # users who were deleted after the first row that the bundle learned of them, and left out
     expiring: int  # keys of superseded bundles that were given their end
     current: bool  # Redis points to it
     mended: int = 0  # records that were damaged or lost
@@ -185,7 +185,7 @@ class Publisher:
             (self._keys.users, tables.user_ids, self._user_record),
         ):
             for first, some in _chunks(ids, self._options.batch):
-                gone = self._deleted(some) if prefix == self._keys.users else set()
+                gone = self._deleted(tables, some) if prefix == self._keys.users else set()
                 there = self._client.mget([prefix + one for one in some])
                 with self._client.pipeline(transaction=False) as pipe:
                     for row, (one, found) in enumerate(zip(some, there, strict=True), first):
@@ -270,7 +270,7 @@ class Publisher:
 
     def _write_users(self, tables: Tables) -> None:
         for first, ids in self._batches("users_done", tables.user_ids):
-            gone = self._deleted(ids)
+            gone = self._deleted(tables, ids)
             with self._client.pipeline(transaction=False) as pipe:
                 for row, user_id in enumerate(ids, first):
                     if user_id not in gone:
@@ -285,13 +285,16 @@ class Publisher:
         for first in range(done, len(ids), self._options.batch):
             yield first, ids[first : first + self._options.batch]
 
-    def _deleted(self, user_ids: Sequence[str]) -> set[str]:
+    def _deleted(self, tables: Tables, user_ids: Sequence[str]) -> set[str]:
+        """Return the users who were deleted and of whom the bundle has something from before that."""
         times = self._client.hmget(self._shared.deleted, list(user_ids)) if user_ids else []
-        return {one for one, time_ in zip(user_ids, times, strict=True) if time_ is not None}
+        deleted = {one: float(time_) for one, time_ in zip(user_ids, times, strict=True) if time_ is not None}
+        users = {one: tables.user(one) for one in deleted}
+        return {one for one, user in users.items() if user is None or not user.may_be_used(deleted[one])}
 
     def _remove_deleted(self, tables: Tables) -> int:
         """Remove who was deleted while they were being written; whoever is deleted from now on is removed by that."""
-        gone = [one for _, ids in _chunks(tables.user_ids, _EXISTS) for one in self._deleted(ids)]
+        gone = [one for _, ids in _chunks(tables.user_ids, _EXISTS) for one in self._deleted(tables, ids)]
         for _, ids in _chunks(gone, _EXISTS):
             self._client.unlink(*(self._keys.users + one for one in ids))
         return len(gone)
@@ -299,7 +302,7 @@ class Publisher:
     def _verify(self, tables: Tables) -> None:
         """Count what is there: a Redis that evicts, or that was emptied meanwhile, has lost some of it."""
         lost = self._lost(self._keys.items, tables.item_ids)
-        lost += [one for one in self._lost(self._keys.users, tables.user_ids) if not self._deleted([one])]
+        lost += [one for one in self._lost(self._keys.users, tables.user_ids) if not self._deleted(tables, [one])]
         if lost:
             self._client.hset(self._keys.meta, mapping={"items_done": 0, "users_done": 0})
             raise PublishError(

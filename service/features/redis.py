@@ -103,8 +103,11 @@ for place = 7, behind, 2 do
   if deleted and not tonumber(deleted) then
     deleted, damaged[#damaged + 1] = false, 'deletion'
   end
-  local record = false
-  if held and not deleted then record = ask('user', 'GET', KEYS[5] .. id) end
+  local record = held and ask('user', 'GET', KEYS[5] .. id)
+  -- A record ends in the time of the user's first row. What is from before the deletion is not used.
+  if deleted and record and (#record < 8 or struct.unpack('<d', record, #record - 7) <= tonumber(deleted)) then
+    record = false
+  end
   local likes = {}
   if wanted then
     if record then pcall(history, record) end

@@ -81,6 +81,11 @@ _LATER_INDEXES = (
     "CREATE INDEX IF NOT EXISTS entries_event_user ON entries (event_id, user_id) WHERE kind = 'event'",
     "DROP INDEX IF EXISTS entries_event",
 )
+_ALL_LIKES = """
+INSERT OR IGNORE INTO likes SELECT user_id, like_timestamp, like_event_id, item_id FROM impressions
+WHERE like_event_id IS NOT NULL AND NOT EXISTS (SELECT * FROM meta WHERE key = 'likes');
+INSERT OR IGNORE INTO meta VALUES ('likes', 'all');
+"""  # a log of an earlier version has a user's newest 100 alone; the number of all decides on a prompt's window
 
 
 class LogFileError(Exception):
@@ -244,7 +249,7 @@ def _complete(connection: sqlite3.Connection) -> None:
     for name, statement in _LATER_COLUMNS.items():
         if name not in columns:
             connection.execute(statement)
-    for statement in _LATER_INDEXES:
+    for statement in (*_LATER_INDEXES, *_statements(_ALL_LIKES)):
         connection.execute(statement)
 
 

@@ -14,12 +14,23 @@ from models.fusion import Counts
 from service.interactions.counts import NEGATIVE, PENDING, POSITIVE, Change, Forgotten, LogChange, Standing
 from service.interactions.epochs import Position, begin_epoch, read_epochs
 from service.interactions.event import EntryKind, Interaction, LogEntry
-from service.interactions.live import MAX_LIKES, KnownOutcome, Like, LiveUser, impression_name
+from service.interactions.live import (
+    EARLIER_LIKES,
+    MAX_LIKES,
+    Ends,
+    KnownOutcome,
+    Like,
+    LikeRow,
+    LiveUser,
+    impression_name,
+    nothing_stored,
+)
 
 Verdict = Literal["accepted", "duplicate", "forgotten"]
 CountOf = Literal["user", "item"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
+_NEWEST = "ORDER BY timestamp DESC, event_id DESC"
 ENTRY = "seq, kind, event_id, user_id, item_id, label, timestamp, request_id, position, impression"
 
 
@@ -172,22 +183,43 @@ class Ledger:
         when: float | None = self._value("SELECT deleted_at FROM deletions WHERE user_id = ?", user_id)
         return when
 
-    def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
+    def deletions_known(self) -> bool:
+        """Return whether the deletions at other servers were heard of at least once."""
+        return self._value("SELECT value FROM meta WHERE key = 'deletions'") is not None
+
+    def know_deletions(self) -> None:
+        """Remember that the deletions at other servers were heard of."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('deletions', 'known')")
+
+    def live(self, user_ids: Iterable[str], ends: Ends = nothing_stored) -> dict[str, LiveUser]:
         """Return likes, outcomes and deletion of each user; users with none of them are left out."""
         found = {}
         for user_id in user_ids:
-            likes = tuple(
-                Like(*row)
-                for row in self._db.execute(
-                    "SELECT timestamp, event_id, item_id FROM likes WHERE user_id = ? ORDER BY timestamp, event_id",
-                    (user_id,),
-                )
-            )
             deleted_at = self.deleted_at(user_id)
+            rows = self._db.execute(
+                f"SELECT timestamp, event_id, item_id FROM likes WHERE user_id = ? {_NEWEST} LIMIT ?",
+                (user_id, MAX_LIKES),
+            ).fetchall()
+            likes = tuple(Like(*row) for row in reversed(rows))
+            earlier, more = ((), 0) if len(rows) < MAX_LIKES else self._earlier(user_id, ends(user_id, deleted_at))
             outcomes = self._outcomes(user_id)
             if likes or outcomes or deleted_at is not None:
-                found[user_id] = LiveUser(likes, deleted_at, outcomes)
+                found[user_id] = LiveUser(likes, deleted_at, outcomes, earlier, more)
         return found
+
+    def _earlier(self, user_id: str, end: float) -> tuple[tuple[LikeRow, ...], int]:
+        """Return the likes before a user's newest ones that are later than `end`, newest first, and how many are left.
+
+        A search by the primary key: it reads nothing else of the log.
+        """
+        since = "FROM likes WHERE user_id = ? AND timestamp > ?"
+        earlier = self._db.execute(
+            f"SELECT timestamp, event_id, item_id {since} {_NEWEST} LIMIT ? OFFSET ?",
+            (user_id, end, EARLIER_LIKES, MAX_LIKES),
+        ).fetchall()
+        if len(earlier) < EARLIER_LIKES:
+            return tuple(earlier), 0
+        return tuple(earlier), self._value(f"SELECT count(*) {since}", user_id, end) - MAX_LIKES - EARLIER_LIKES
 
     def _outcomes(self, user_id: str) -> tuple[KnownOutcome, ...]:
         """Return the newest impressions of a user with a known outcome, oldest first."""
@@ -356,11 +388,6 @@ class Ledger:
         )
         self._db.execute(
             "INSERT OR IGNORE INTO likes VALUES (?, ?, ?, ?)", (one.user_id, one.timestamp, one.event_id, one.item_id)
-        )
-        self._db.execute(
-            "DELETE FROM likes WHERE user_id = ?1 AND (timestamp, event_id) IN (SELECT timestamp, event_id FROM likes"
-            " WHERE user_id = ?1 ORDER BY timestamp DESC, event_id DESC LIMIT -1 OFFSET ?2)",
-            (one.user_id, MAX_LIKES),
         )
 
     def _rebuild(self, user_id: str, tombstone: int) -> None:

@@ -1,11 +1,14 @@
 """What interactions say of a user beyond the bundle."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha1
 from typing import NamedTuple
 
-# Likes kept ready for a prompt, the newest: several windows of the paper's ten. More would never be read.
+# Likes kept ready for a prompt, the newest: several windows of the paper's ten. Older ones are counted, because the
+# number of all likes decides where an anchored window begins.
 MAX_LIKES = 100
+EARLIER_LIKES = 1000  # older likes that the log names, as many as a request's history may have; the rest is a number
 USERS_AT_ONCE = (
     8  # handled on the event loop at a time: about two milliseconds, where a thread would cost one user more
 )
@@ -18,6 +21,15 @@ class Like:
     timestamp: float  # UTC seconds
     event_id: str
     item_id: str
+
+
+LikeRow = tuple[float, str, str]  # the fields of a `Like`, as the log has them
+Ends = Callable[[str, float | None], float]  # a user and the time of the deletion, if any: when the stored history ends
+
+
+def nothing_stored(user_id: str, deleted_at: float | None) -> float:
+    """Return that there is no stored history."""
+    return float("-inf")
 
 
 NAME_DIGITS = 16  # hex digits: enough to distinguish the impressions of one user
@@ -43,8 +55,13 @@ class LiveUser:
 
     Everything up to `deleted_at` (UTC seconds) is forgotten, the bundle's part included. There are at most
     `MAX_OUTCOMES` outcomes; some may be older than the end of the bundle's own counts.
+
+    `earlier` are likes before `likes`, newest first, and `more` is the number of likes before these; only likes after
+    the end of the stored history.
     """
 
     likes: tuple[Like, ...] = ()
     deleted_at: float | None = None
     outcomes: tuple[KnownOutcome, ...] = ()
+    earlier: tuple[LikeRow, ...] = ()
+    more: int = 0

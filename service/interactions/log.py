@@ -18,7 +18,7 @@ from service.interactions.database import LogFileError, open_to_read
 from service.interactions.epochs import Position
 from service.interactions.event import Interaction, LogEntry
 from service.interactions.ledger import CountOf, EventConflictError, Ledger, Resolved, Taken
-from service.interactions.live import USERS_AT_ONCE, LiveUser
+from service.interactions.live import USERS_AT_ONCE, Ends, LiveUser, nothing_stored
 from service.interactions.shared import Impression, KnownBefore
 from service.interactions.writer import LogHealth, LogUnansweredError, LogUnavailableError, Writer
 from service.metrics.interactions import InteractionMetrics
@@ -63,6 +63,7 @@ class EventLog:
         self._counts: tuple[LiveCounts, ...] = ()  # replaced as a whole, because the writer's thread reads it
         self._deleted: dict[str, float] = {}  # for a log that cannot be read any more
         self.behind = False  # whether `sweep` has left some
+        self.deletions_known = False  # whether this log, or this process, has heard of the deletions at other servers
 
     async def start(self) -> None:
         """Open the log, if that can be done now."""
@@ -120,8 +121,10 @@ class EventLog:
         self._deleted[user_id] = deleted_at
         return deleted_at, seq
 
-    async def take_deletions(self, deletions: Iterable[tuple[str, float]]) -> tuple[str, ...]:
+    async def take_deletions(self, deletions: Iterable[tuple[str, float]], *, all_told: bool = True) -> tuple[str, ...]:
         """Forget users whom other servers have deleted, as of the given times; return those who were news.
+
+        `all_told` is False where the other servers have deleted more users than these.
 
         What came here before a deletion goes with it, dated later or not, and the deletion moves to that date: a
         client's clock may be ahead of ours.
@@ -129,6 +132,11 @@ class EventLog:
         Raises:
             LogUnavailableError: the log cannot be written now.
         """
+        deletions = list(deletions)
+        # First in memory, which needs no file.
+        self._deleted |= {user: when for user, when in deletions if self._deleted.get(user, float("-inf")) < when}
+        heard_before = self.deletions_known
+        self.deletions_known = heard_before or all_told
 
         def unknown(ledger: Ledger, some: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
             told = [(user, when, ledger.deleted_at(user)) for user, when in some]
@@ -142,11 +150,13 @@ class EventLog:
                 if unknown(ledger, [(user_id, when)]):
                     news[user_id] = max(when, ledger.newest_timestamp(user_id, received_by=when) or when)
                     ledger.delete(user_id, news[user_id], self._clock.steady())
+            if all_told:
+                ledger.know_deletions()
             return news
 
-        if not asked:
+        if not asked and heard_before == self.deletions_known:
             return ()
-        forgotten = await self._write(work, erases=True)
+        forgotten = await self._write(work, erases=bool(asked))
         self._deleted.update(forgotten)
         return tuple(forgotten)
 
@@ -256,7 +266,7 @@ class EventLog:
         """
         return await self._apart(lambda ledger: replayed.deletions(ledger.connection, after, limit))
 
-    async def live(self, user_ids: Iterable[str]) -> dict[str, LiveUser]:
+    async def live(self, user_ids: Iterable[str], ends: Ends = nothing_stored) -> dict[str, LiveUser]:
         """Return likes, outcomes and deletions of users.
 
         If the log cannot be read, likes and outcomes are missing: the score does not fail. This process keeps the
@@ -269,12 +279,12 @@ class EventLog:
                 await asyncio.sleep(0)
             some = users[first : first + USERS_AT_ONCE]
             try:
-                found |= self._read(lambda ledger, some=some: ledger.live(some))  # type: ignore[misc]
+                found |= self._read(lambda ledger, some=some: ledger.live(some, ends))  # type: ignore[misc]
             except LogUnavailableError:
                 break
         for one in self._deleted.keys() & set(users):
             known = found.get(one, LiveUser())
-            if known.deleted_at is None:
+            if known.deleted_at is None or known.deleted_at < self._deleted[one]:
                 found[one] = replace(known, deleted_at=self._deleted[one])
         return found
 
@@ -323,6 +333,7 @@ class EventLog:
     def _opened(self, ledger: Ledger) -> None:
         self._clock.not_before(ledger.last_received())
         self._deleted = {**self._deleted, **ledger.deletions()}
+        self.deletions_known = self.deletions_known or ledger.deletions_known()
         for counts in self._counts:
             counts.refill(*ledger.counted_since(counts.until))
         self._ever_opened = True

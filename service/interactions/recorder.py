@@ -12,7 +12,7 @@ from service.interactions.clock import Clock
 from service.interactions.counts import LiveCounts
 from service.interactions.event import Interaction
 from service.interactions.ledger import EventConflictError, Resolved, Taken
-from service.interactions.live import LiveUser
+from service.interactions.live import Ends, LiveUser, nothing_stored
 from service.interactions.log import EventLog, LogLimits
 from service.interactions.replay import Replay
 from service.interactions.shared import SharedInteractions
@@ -51,12 +51,15 @@ class Recorder:
         events: structlog.stdlib.BoundLogger,
         shared: SharedInteractions | None = None,
         on_outcome: OnOutcome = _unheard,
+        *,
+        needs_deletions: bool = True,
     ) -> None:
         self.clock = clock
         self.limits = limits
         self.on_outcome = on_outcome
         self.on_deleted: Callable[[str], None] = lambda _: None
         self._log = log
+        self._needs_deletions = needs_deletions
         self._metrics = metrics.interactions
         self._events = events
         self._replay = None if shared is None else Replay(log, shared, metrics.interactions, events, self._forgotten)
@@ -139,9 +142,19 @@ class Recorder:
         await self._pass_on(seq)
         return deleted_at
 
-    async def live(self, user_ids: Iterable[str]) -> Mapping[str, LiveUser]:
-        """Return what the log knows of users; those that it knows nothing of are missing."""
-        return await self._log.live(user_ids)
+    async def live(self, user_ids: Iterable[str], ends: Ends = nothing_stored) -> Mapping[str, LiveUser]:
+        """Return what the log knows of users; those that it knows nothing of are missing.
+
+        `ends` tells when the bundle's stored history of a user ends: older likes than the newest ones count after it.
+        """
+        return await self._log.live(user_ids, ends)
+
+    def deletions_known(self) -> bool:
+        """Return whether the deletions at other servers are known, as far as they were once told; alone there are none.
+
+        A log that was begun while the shared store was away knows of none: a bundle may hold users who were deleted.
+        """
+        return self._replay is None or not self._needs_deletions or self._log.deletions_known
 
     def _forgotten(self, user_id: str) -> None:
         self.on_deleted(user_id)
@@ -194,4 +207,5 @@ def open_recorder(
     clock = clock or Clock()
     limits = LogLimits(settings.attribution_s, settings.retention_days * DAY_S)
     log = EventLog(settings.interactions_file, limits, clock, metrics.interactions)
-    return Recorder(log, clock, limits, metrics, events, shared, on_outcome)
+    needs = settings.require_deletions
+    return Recorder(log, clock, limits, metrics, events, shared, on_outcome, needs_deletions=needs)

@@ -105,10 +105,10 @@ class Replay:
     async def _step(self) -> bool:
         """Apply one batch; return whether nothing is left."""
         self._news.clear()
+        if time.monotonic() - self._deletions_asked >= DELETIONS_S:  # first: scores may wait for them
+            await self._take_deletions()
         position = self._log.position()
         done = await self._apply(position)
-        if time.monotonic() - self._deletions_asked >= DELETIONS_S:
-            await self._take_deletions()
         return await self._fill(position) and done
 
     async def _apply(self, position: Position) -> bool:
@@ -137,7 +137,7 @@ class Replay:
     async def _take_deletions(self) -> None:
         """Forget, here too, whom other servers have deleted since the last time."""
         found = await self._shared.deletions(self._mark, DELETIONS)
-        for user_id in await self._log.take_deletions(found.users):
+        for user_id in await self._log.take_deletions(found.users, all_told=not found.more):
             self._on_deleted(user_id)
         self._mark = found.mark
         if not found.more:

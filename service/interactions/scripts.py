@@ -117,7 +117,14 @@ local function forget(user, moment)
   number(user)
   run('ZREMRANGEBYSCORE', likes .. user, '-inf', moment)
   run('ZREMRANGEBYSCORE', outcomes .. user, '-inf', moment)
-  for _, prefix in ipairs(bundles) do redis.call('DEL', prefix .. 'u:' .. user) end
+  for _, prefix in ipairs(bundles) do
+    local key = prefix .. 'u:' .. user
+    -- A record ends in the time of the user's first row: a bundle that learned only from later rows keeps the user.
+    local since = redis.pcall('GETRANGE', key, -8, -1)
+    if type(since) ~= 'string' or #since < 8 or struct.unpack('<d', since) <= tonumber(moment) then
+      redis.call('DEL', key)
+    end
+  end
   for _, counts in ipairs(tables) do redis.call('DEL', counts.prefix .. ':u:' .. user) end
 end
 """

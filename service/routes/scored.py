@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from service.answers import Skipped
 from service.batcher import DeadlineExceededError
+from service.bundles.handle import BundleHandle
 from service.bundles.shadow import sample
 from service.collaborators import Collaborators, collaborators_of
 from service.engines.protocol import EngineUnavailableError
@@ -48,6 +49,7 @@ class Scored:
     request_id: str
     bundle_id: str
     seconds: dict[str, float]
+    forgotten: set[str]  # users who were deleted meanwhile
 
     def common(self) -> dict[str, Any]:
         """Return the fields that both responses have."""
@@ -77,23 +79,29 @@ async def score_for(
     service = collaborators_of(request)
     timeout_s = (timeout_ms or service.settings.default_timeout_ms) / 1000
     timings = request.state.timings = Timings()
-    live = service.interactions.live
-    with service.bundles.take(questions[0].user_id if questions else "") as handle:
+    live, known = service.interactions.live, service.interactions.deletions_known
+    with (
+        service.bundles.take(questions[0].user_id if questions else "") as handle,
+        service.scoring(questions) as forgotten,
+    ):
         health = handle.engine.health()
         if not health.ready:
             raise EngineUnavailableError(f"the engine is {health.state}: {health.detail}")
         try:
             async with asyncio.timeout(timeout_s):
                 deadline = time.monotonic() + timeout_s
-                work = score(questions, handle, on_unknown, deadline, timings, live, explain=explain)
+                work = score(questions, handle, on_unknown, deadline, timings, live, known, explain=explain)
                 answers, skipped = await _while_connected(request, work)
         except TimeoutError as error:
             raise DeadlineExceededError(f"not scored within {timeout_s:g} s") from error
-        scored = Scored(answers, skipped, request.state.request_id, handle.bundle_id, timings.finish())
+        scored = Scored(answers, skipped, request.state.request_id, handle.bundle_id, timings.finish(), forgotten)
         _record(service, request, questions, scored)
-        service.shadow.offer(
-            answers, lambda shadow, until: score(sample(questions), shadow, "skip", until, Timings(), live)
-        )
+
+        async def rescore(shadow: BundleHandle, until: float) -> tuple[list[Answer], object]:
+            with service.scoring(sample(questions)):
+                return await score(sample(questions), shadow, "skip", until, Timings(), live, known)
+
+        service.shadow.offer(answers, rescore)
         return scored
 
 
@@ -115,7 +123,8 @@ def answer_with(body: BaseModel, scored: Scored) -> Response:
 def remember(request: Request, scored: Scored, results: Sequence[ServedScore]) -> None:
     """Keep what is told to the client, so that outcomes reported later find the scores that they answer."""
     service = collaborators_of(request)
-    service.quality.remember(scored.request_id, bundle_label(scored.bundle_id), results)
+    kept = [one for one in results if one.user_id not in scored.forgotten]
+    service.quality.remember(scored.request_id, bundle_label(scored.bundle_id), kept)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

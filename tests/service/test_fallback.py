@@ -85,14 +85,14 @@ async def test_what_was_evicted_comes_from_the_tables_and_who_was_deleted_does_n
     assert stored is not None
     with redis.client() as client:
         client.delete(keys.items + "i3", keys.users + "u1", *(keys.items + one for one in stored.history))
-        client.delete(keys.users + "u2")
-        client.hset(KEYS.deleted, "u2", "1800000000.0")
-    users = frozenset({"u1", "u2", "u3"})
+        client.delete(keys.users + "u2", keys.users + "u4")
+        client.hset(KEYS.deleted, mapping={"u2": "1800000000.0", "u4": "1000000000.0"})  # of u4 all is from after it
+    users = frozenset({"u1", "u2", "u3", "u4"})
     found = await store.look_up(bundle.id, Query(users, frozenset({"i3", "i4", "nothing"}), users))
-    assert found.users.keys() == {"u1", "u3"}
+    assert found.users.keys() == {"u1", "u3", "u4"}
     assert found.items.keys() == {"i3", "i4"}
     assert all(found.history_item(one) is not None for one in stored.history)
-    assert value(metrics, "sella_store_filled_total", kind="user") == 1
+    assert value(metrics, "sella_store_filled_total", kind="user") == 2
     assert value(metrics, "sella_store_filled_total", kind="item") >= 1
     assert value(metrics, "sella_store_lookup_seconds_count", source="redis") == 1
 

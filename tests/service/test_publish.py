@@ -148,6 +148,18 @@ def test_a_deleted_user_is_left_out_even_when_deleted_while_they_are_written(
         assert client.exists(*(BundleKeys(bundle.id).users + one for one in ("u3", "u5"))) == 0
 
 
+def test_a_user_who_came_back_after_a_deletion_is_published_with_a_bundle_that_learned_from_later_rows_alone(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    later = tiny_bundle(tmp_path / "later", since=1_600_000_000.0)
+    with redis.client() as client:
+        client.hset(KEYS.deleted, mapping={"u3": "1599999999.0", "u4": "1600000000.0"})
+        published = publish(redis, later)
+        assert (published.users, published.deleted) == (19, 1)
+        keys = [BundleKeys(later.id).users + one for one in ("u3", "u4")]
+        assert [client.exists(key) for key in keys] == [1, 0]
+
+
 def test_too_little_memory_is_one_line_and_the_pointer_stays(bundle: Bundle) -> None:
     with redis_server("--maxmemory-policy", "noeviction") as server, server.client() as client:
         client.set(KEYS.pointer, "as it was")

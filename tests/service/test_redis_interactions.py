@@ -1,6 +1,7 @@
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -180,6 +181,21 @@ async def test_a_deletion_leaves_the_tombstone_alone_and_what_was_before_it_stay
     left = await live(redis_client, bundle)
     assert [like.event_id for like in left.likes] == ["e51"]
     assert [(one.shown, one.positive) for one in left.outcomes] == [(NOW + 51, True)]
+
+
+async def test_a_deletion_leaves_the_records_of_bundles_that_learned_from_later_rows_alone(
+    redis: RedisServer, shared: RedisInteractions, bundle: Bundle, tmp_path: Path
+) -> None:
+    later = tiny_bundle(tmp_path / "later", rest_seed=4, since=NOW + 60)
+    for one in (bundle, later):
+        publish(redis, one)
+    with redis.client() as client:
+        client.lpush(BundleKeys(bundle.id).users + "u2x", "damaged")
+        await shared.apply("log", [entry(50, None, "deletion"), entry(51, None, "deletion", user="u2x")])
+        assert not client.exists(BundleKeys(bundle.id).users + "u1", BundleKeys(bundle.id).users + "u2x")
+        assert client.exists(BundleKeys(later.id).users + "u1")
+        await shared.apply("log", [entry(61, None, "deletion")])
+        assert not client.exists(BundleKeys(later.id).users + "u1")
 
 
 async def test_an_impression_shown_before_a_deletion_is_no_outcome_after_it(

@@ -22,8 +22,9 @@ from tests.redis_server import RedisServer
 from tests.service.conftest import client_of, collaborators
 from tests.service.direct import DirectEngine
 from tests.service.interactions.test_live_scores import Steps
+from tests.service.interactions.test_live_windows import assert_same, items, like, whole_history
 from tests.service.published import publish
-from tests.tiny import tiny_bundle
+from tests.tiny import HISTORY_END, tiny_bundle
 
 pytestmark = pytest.mark.anyio
 KEYS = Keys()
@@ -132,6 +133,44 @@ async def test_what_any_server_counts_is_in_the_scores_of_all_and_counts_once(
         first.offline.forgets("u1")
         for steps in (first, second):
             await eventually(partial(steps.assert_scores, "u1"))
+
+
+async def test_a_window_begins_where_it_would_for_the_ids_of_all_servers_likes(
+    redis: RedisServer, bundle: Bundle, model: ScoringModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.interactions.replay.POLL_S", 0.05)
+    monkeypatch.setattr("service.interactions.replay.TABLES_S", 0.05)
+    monkeypatch.setattr("service.interactions.replay.DELETIONS_S", 0.05)
+    publish(redis, bundle)
+    async with (
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "a") as one,
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "b") as other,
+        served(bundle, model, store=redis.url, redis_timeout_ms=5000, interactions=tmp_path / "c") as third,
+    ):
+
+        async def same(user_id: str, ids: list[str], *servers: httpx.AsyncClient) -> None:
+            async def compare() -> None:
+                for client in servers:
+                    await assert_same(client, user_id, ids)
+
+            await eventually(compare)
+
+        liked = items(154)
+        await like(one, "new", liked[:60], HISTORY_END + 1000)
+        await like(other, "new", liked[60:101], HISTORY_END + 1060)
+        await like(one, "new", liked[101:123], HISTORY_END + 1101)
+        await like(other, "new", liked[123:], HISTORY_END + 1123)
+        await same("new", liked, one, other, third)
+        await like(other, "u0", items(131), HISTORY_END + 1000)
+        await same("u0", [*whole_history(bundle, "u0"), *items(131)], one, other)
+        with redis.client() as client:  # everything is lost, and replayed from both logs
+            client.flushall()
+        publish(redis, bundle)
+        await same("new", liked, one, other)
+        assert (await one.delete("/users/new")).status_code == 200
+        await same("new", [], one, other)
+        await like(other, "new", items(123, 3), time.time() + 5)
+        await same("new", items(123, 3), one, other)
 
 
 async def test_a_user_deleted_at_one_server_leaves_the_memory_of_the_others(

@@ -32,7 +32,7 @@ def everything(bundle: Bundle) -> Query:
 def same_user(one: UserFeatures, other: UserFeatures) -> bool:
     def rest(user: UserFeatures) -> tuple[object, ...]:
         vector = None if user.vector_C is None else user.vector_C.tobytes()
-        return user.user_id, vector, user.history, user.history_times, user.history_total, user.counts
+        return user.user_id, vector, user.history, user.history_times, user.history_total, user.counts, user.since
 
     return rest(one) == rest(other)
 
@@ -112,6 +112,20 @@ async def test_likes_come_in_order_with_their_items_and_a_deleted_user_is_gone(
     assert found.live["u2"] == LiveUser((), 1_800_000_001.25)
     assert found.users.keys() == {"u1", "u3"}
     assert "u3" not in found.live
+
+
+async def test_a_deleted_users_record_is_used_if_all_of_it_is_from_after_the_deletion(
+    redis: RedisServer, redis_client: Redis, bundle: Bundle
+) -> None:
+    publish(redis, bundle)
+    since = float(bundle.tables().user_since_U[1])
+    with redis.client() as client:
+        client.hset(KEYS.deleted, mapping={"u1": repr(since - 0.5), "u2": repr(since), "u3": repr(since + 1)})
+    users = frozenset({"u1", "u2", "u3"})
+    found = await redis_store(redis_client, bundle, Metrics()).look_up(bundle.id, Query(users, frozenset(), users))
+    assert found.users.keys() == {"u1"} and found.live.keys() == users
+    stored = bundle.tables().user("u1")
+    assert stored is not None and same_user(found.users["u1"], stored)
 
 
 async def test_half_precision_changes_vectors_by_rounding_alone(

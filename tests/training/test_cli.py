@@ -11,6 +11,7 @@ import pytest
 from models.loading import Bundle
 from tests.training.commands import refused, sella_train
 from tests.training.micro import MICRO, Trained
+from training.data.dataset import Dataset
 
 TINY = ("--backbone", "tiny")
 
@@ -283,6 +284,17 @@ def test_one_altered_byte_is_refused_and_its_file_named(copied: Path, name: str)
     path.write_bytes(content)
     assert str(path) in refused("inspect", copied)
     assert str(path) in refused("prompt", "--bundle", copied, "--user", "u01", "--item", "m01")
+
+
+def test_a_bundle_says_since_when_it_knows_each_user(trained: Trained, bundle: Bundle, dataset: Dataset) -> None:
+    """So a service can tell whether all of it is from after a deletion."""
+    rows = pl.concat(frame.select("user_id", "timestamp") for frame in dataset.splits.values())
+    first = {user_id: float(at) for user_id, at in rows.group_by("user_id").agg(pl.col("timestamp").min()).iter_rows()}
+    tables = bundle.tables()
+    assert dict(zip(tables.user_ids, tables.user_since_U.tolist(), strict=True)) == first
+    user = tables.user(tables.user_ids[0])
+    assert user is not None
+    assert user.may_be_used(first[user.user_id] - 0.5) and not user.may_be_used(first[user.user_id])
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def tables_with(outcomes: dict[str, tuple[Outcome, ...]]) -> Tables:
     text_map = TextMap(np.zeros(1, np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
     return Tables(
         ids, [], [], zeros > 0, np.zeros(0, bool), [()] * len(ids), [()] * len(ids), [0] * len(ids),
-        list(outcomes.values()), zeros, np.zeros((len(ids), 2), np.int64), np.zeros((0, 2), np.int64),
+        list(outcomes.values()), zeros, zeros.astype(float), np.zeros((len(ids), 2), np.int64),
+        np.zeros((0, 2), np.int64),
         nothing, no_items, no_items, no_items, prior, text_map,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import polars as pl
 
 from models.ids import IdError, canonical_id
+from models.titles import TitleError, clean_title
 from training.data.errors import DataError
 from training.data.tables import Table
 
@@ -37,7 +38,7 @@ def parse_ids(table: Table, column: str) -> pl.Series:
 
 
 def parse_titles(table: Table, column: str) -> pl.Series:
-    """Return titles on one line: runs of whitespace and control characters become one space, ends are cut.
+    """Return titles in the one form of `models.titles.clean_title`.
 
     Raises:
         DataError: a title is null or blank, or the column is not text.
@@ -47,10 +48,17 @@ def parse_titles(table: Table, column: str) -> pl.Series:
         titles = titles.cast(pl.String)
     if titles.dtype != pl.String:
         raise DataError(f"{table.file}: column '{column}' is of type {titles.dtype}; give text")
-    # Characters that show nothing (zero-width and the like) do not make a title.
-    blank = ~titles.str.contains(r"[^\s\p{C}]")
-    table.reject(column, blank, "is no title", "give every item a title or drop the item")
-    return titles.str.replace_all(r"[\s\p{Cc}]+", " ").str.strip_chars().alias(column)
+    cleaned = pl.Series(column, [cleaned_title(one) for one in titles.to_list()], dtype=pl.String)
+    table.reject(column, cleaned.is_null(), "is no title", "give every item a title or drop the item")
+    return cleaned
+
+
+def cleaned_title(value: object) -> str | None:
+    """Return the form of a title that stands in a prompt; None for what is no title, such as a blank cell."""
+    try:
+        return clean_title(value) if isinstance(value, str) else None
+    except TitleError:
+        return None
 
 
 def parse_timestamps(table: Table, column: str) -> pl.Series:

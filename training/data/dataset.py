@@ -34,7 +34,7 @@ class Dataset:
         splits: "train", "valid", "test" (those that are there, in this order), each with `user_id` (str),
             `item_id` (str, all in `items`), `label` (Int8, 0 or 1), `timestamp` (seconds UTC, Int64, or Float64
             in all splits when one has fractions of a second), `weight` (Float32, above 0); in file order.
-        titles_cleaned: how many titles were changed on reading (runs of whitespace, control characters).
+        titles_cleaned: how many titles were changed on reading, by `models.titles.clean_title`.
         deletions: `user_id`, `deleted_at` of the users who asked to be forgotten; None if the folder names none.
         rows_forgotten: how many rows of theirs were dropped.
     """

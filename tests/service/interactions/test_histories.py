@@ -1,6 +1,7 @@
 """The history that is scored with: the bundle's and the live likes, as one."""
 
 import asyncio
+import math
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from service.interactions.live import USERS_AT_ONCE, KnownOutcome, Like, LiveUse
 VECTOR = np.ones(2, np.float32)
 
 
-def stored(*likes: tuple[str, float], total: int | None = None) -> UserFeatures:
+def stored(*likes: tuple[str, float], total: int | None = None, since: float = -math.inf) -> UserFeatures:
     items, times = tuple(item for item, _ in likes), tuple(time for _, time in likes)
-    return UserFeatures("u", VECTOR, items, times, len(likes) if total is None else total)
+    return UserFeatures("u", VECTOR, items, times, len(likes) if total is None else total, since=since)
 
 
 def live(*likes: tuple[str, float], deleted_at: float | None = None) -> LiveUser:
@@ -51,6 +52,25 @@ def test_a_deleted_user_is_as_if_never_heard_of() -> None:
     assert merged("u", stored(("a", 1)), live(("b", 2), deleted_at=3)) == MergedUser(None, 0, deleted=True)
     back = merged("u", stored(("a", 9)), live(("b", 3), ("c", 4), deleted_at=3))
     assert told(back) == (("c",), 1, 1) and back.features is not None and back.features.vector_C is None
+
+
+@pytest.mark.parametrize(("since", "used"), [(2.0, False), (3.0, False), (3.5, True)])
+def test_a_bundle_that_learned_only_from_later_rows_knows_a_user_who_came_back(since: float, used: bool) -> None:
+    """A deletion that is told of late, or that the training did not know, is no other case: the rows' times decide."""
+    back = merged("u", stored(("a", 9), since=since), live(("b", 3), ("c", 10), deleted_at=3))
+    assert told(back) == ((("a", "c"), 2, 1) if used else (("c",), 1, 1))
+    assert back.features is not None and (back.features.vector_C is not None) == used == (not back.deleted)
+
+
+def test_likes_of_items_that_nobody_knows_take_no_place_and_earlier_ones_take_theirs() -> None:
+    seen = LiveUser(
+        (Like(4, "e4", "x"), Like(5, "e5", "b"), Like(6, "e6", "y")), earlier=((3.0, "e3", "z"), (2.0, "e2", "a"))
+    )
+    user = merged("u", stored(("s", 1)), seen, lambda item_id: item_id in "abs", window=2)
+    assert told(user) == (("s", "a", "b"), 3, 2) and user.total == 6
+    assert user.like_times == [1, 2, 3, 4, 5, 6]
+    few = merged("u", stored(("s", 1)), seen, lambda item_id: item_id in "abs", window=1)
+    assert told(few) == (("s", "b"), 3, 1) and few.reach == 1  # "a" is missing in between
 
 
 @pytest.mark.anyio

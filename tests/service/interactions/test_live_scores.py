@@ -72,7 +72,7 @@ class Offline:
 
     def window(self, user_id: str, template: Template) -> list[ItemFeatures]:
         """Return the items of the user's likes that a prompt shows."""
-        likes = [item_id for _, item_id in self.likes.get(user_id, [])]
+        likes = [item_id for _, item_id in self.likes.get(user_id, []) if self.tables.has_item(item_id)]
         row = None if user_id in self.deleted else self.tables._user_rows.get(user_id)
         before = 0 if row is None else self.tables.history_totals[row] - len(self.tables.histories[row])
         kept = history_window(likes, before + len(likes), template)

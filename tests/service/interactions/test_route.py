@@ -1,6 +1,7 @@
 """POST /interactions and DELETE /users over HTTP, and what they change in the next score."""
 
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -9,9 +10,10 @@ import pytest
 
 from service.collaborators import Collaborators
 from service.engines.protocol import ScoreJob
-from tests.service.conftest import client_of
+from tests.service.conftest import client_of, collaborators
 from tests.service.echo import EchoEngine
 from tests.service.test_http import assert_error
+from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.anyio
 
@@ -205,3 +207,23 @@ async def test_without_a_log_scores_go_on_and_interactions_are_refused(
         assert_error(await client.delete("/users/u1"), 503, "log_unavailable")
         ready = await client.get("/readyz")
         assert ready.status_code == 200 and not ready.json()["interactions"]["ready"]
+
+
+@pytest.mark.parametrize(("before", "cold"), [(60.0, True), (-60.0, False)])
+async def test_a_bundle_trained_after_a_deletion_scores_the_user_who_came_back(
+    tmp_path: Path, before: float, cold: bool
+) -> None:
+    """The bundle's first row of the user is a minute before the deletion, or a minute after it."""
+    later = tiny_bundle(tmp_path / "later", since=time.time() - before)
+    service = collaborators(later, EchoEngine(), interactions=tmp_path / "log.sqlite")
+    await service.interactions.start()
+    async with client_of(service) as client:
+        assert not (await rank(client, "u1"))["cold_user"]
+        assert (await client.delete("/users/u1")).status_code == 200
+        answer = await rank(client, "u1")
+        assert answer["cold_user"] == cold
+        assert answer["history"]["source"] == ("none" if cold else "bundle")
+        await post(client, told("e1", timestamp=time.time() + 1))
+        back = (await rank(client, "u1"))["history"]
+        assert (back["source"], back["given"]) == ("live", answer["history"]["given"] + 1)
+    await service.interactions.close()
