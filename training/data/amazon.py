@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from training.data.folder import write_folder
 from training.data.raw import OpenRaw, open_raw, read_json_lines, require_files
 from training.data.report import Report, describe
 from training.data.split import SPLITS
+from training.data.tables import TEXT_SUFFIXES, csv_parts
 
 Halves = Literal["month", "rows"]
 
@@ -125,7 +126,7 @@ class _Log:
 def _read_reviews(path: Path, year: int, open_file: OpenRaw) -> _Log:
     begin, end = _seconds(year, 1, 1), _seconds(year + 1, 1, 1)
     log = _Log()
-    for row, review in read_json_lines(path, open_file):
+    for row, review in _records(path, open_file):
         log.read += 1
         timestamp = _number(path, row, review, _name(path, row, review, TIME))
         if timestamp > MILLISECONDS:
@@ -136,6 +137,17 @@ def _read_reviews(path: Path, year: int, open_file: OpenRaw) -> _Log:
             rating = _number(path, row, review, _name(path, row, review, RATING))
             log.append(user_id, item_id, rating, int(timestamp))
     return log
+
+
+def _records(path: Path, open_file: OpenRaw) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (row from 1, review) of JSON lines, or of the table of ratings alone that the release of 2023 has too."""
+    if not path.name.endswith(TEXT_SUFFIXES):
+        yield from read_json_lines(path, open_file)
+        return
+    names = [names[1] for names in (USER, ITEM, RATING, TIME)]
+    for first, part in csv_parts(path, names):
+        numbers = part.with_columns(pl.col(name).cast(pl.Float64, strict=False) for name in names[2:] if name in part)
+        yield from enumerate(numbers.iter_rows(named=True), first + 1)
 
 
 def _read_titles(path: Path, items: dict[str, int], open_file: OpenRaw) -> pl.DataFrame:

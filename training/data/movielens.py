@@ -96,8 +96,13 @@ def prepare_movielens(
     Raises:
         DataError: a raw file is missing or holds a line of another form.
     """
-    if find_table(raw, "ratings") is not None and find_table(raw, "movies") is not None:
-        return _prepare_csv(raw, out, positive_above, split)
+    if (ratings_path := find_table(raw, "ratings")) is not None:
+        return _prepare_csv(ratings_path, out, positive_above, split)
+    if not any((raw / form.ratings).is_file() for form in (DAT, HUNDRED_THOUSAND)):
+        raise DataError(
+            f"{raw / DAT.ratings}: no such file; unpack the raw data set there: {DAT.ratings} and {DAT.titles},"
+            f" ratings.csv and movies.csv, or {HUNDRED_THOUSAND.ratings} and {HUNDRED_THOUSAND.titles}"
+        )
     form = HUNDRED_THOUSAND if (raw / HUNDRED_THOUSAND.ratings).is_file() else DAT
     require_files(raw / form.ratings, raw / form.titles)
     encoding = text_encoding(raw / form.titles)
@@ -120,9 +125,10 @@ def prepare_movielens(
     return _write_by_time(rows, items, out, split, form.ratings, form.titles, notes)
 
 
-def _prepare_csv(raw: Path, out: Path, positive_above: float | None, split: SplitRule | None) -> Report:
-    ratings_path, movies_path = find_table(raw, "ratings"), find_table(raw, "movies")
-    assert ratings_path is not None and movies_path is not None
+def _prepare_csv(ratings_path: Path, out: Path, positive_above: float | None, split: SplitRule | None) -> Report:
+    movies_path = find_table(ratings_path.parent, "movies")
+    if movies_path is None:
+        raise DataError(f"{ratings_path.parent / 'movies.csv'}: no such file; unpack the raw data set there")
     movies = read_table(movies_path, ["item_id", "title"], columns=CSV_COLUMNS)
     titled = Table(movies.file, movies.frame.filter(pl.col("title").str.strip_chars() != ""))
     items = pl.DataFrame([parse_ids(titled, "item_id"), titled.frame["title"]])

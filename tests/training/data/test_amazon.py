@@ -207,6 +207,19 @@ def test_the_release_of_2023_has_other_names_and_milliseconds(raw: Raw) -> None:
     assert pl.read_parquet(raw.out / "items.parquet").rows() == sorted(TITLES.items())
 
 
+def test_the_table_of_ratings_alone_of_2023_is_read(raw: Raw, tmp_path: Path) -> None:
+    raw.write([])
+    reviews = tmp_path / "Books.csv.gz"
+    rows = f"u,0001,5.0,{day('2017-03-01') * 1000}\nv,0002,2.0,{day('2017-12-02') * 1000}\n"
+    reviews.write_bytes(gzip.compress(f"user_id,parent_asin,rating,timestamp\n{rows}".encode()))
+    prepare_amazon(reviews, raw.metadata, raw.out, min_interactions=0)
+    assert raw.rows("train") == [("u", "0001", 1, day("2017-03-01"))]
+    assert raw.rows("valid") == [("v", "0002", 0, day("2017-12-02"))]
+    reviews.write_bytes(gzip.compress(f"user_id,parent_asin,rating,timestamp\n{rows}w,0002,,x\n".encode()))
+    with pytest.raises(DataError, match=r"Books\.csv\.gz: column 'timestamp', row 3: None is no number"):
+        prepare_amazon(reviews, raw.metadata, raw.out, min_interactions=0)
+
+
 def test_the_metadata_of_2014_are_python_literals_and_are_not_run(raw: Raw) -> None:
     raw.write([review("u", item, "2017-03-01") for item in ("0001", "0002")])
     raw.metadata.write_text("{'asin': '0001', 'title': \"One's\", 'price': 3.5}\n{'asin': '0002', 'title': 'Two'}\n")

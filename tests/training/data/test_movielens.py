@@ -134,6 +134,10 @@ def test_lines_of_another_form_are_told_with_their_row(tmp_path: Path, file: str
 def test_missing_files_and_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"ratings\.dat: no such file"):
         prepare_movielens(tmp_path, tmp_path / "out")
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,1,5,100\n")
+    with pytest.raises(DataError, match=r"movies\.csv: no such file"):
+        prepare_movielens(tmp_path / "csv", tmp_path / "out")
     with pytest.raises(DataError, match=r"holds no rating of a movie that movies\.dat names; check both files"):
         prepare_movielens(raw_folder(tmp_path, [FIRST], movies="5::A::B\n"), tmp_path / "out")
     with pytest.raises(DataError, match=r"holds no rating in months 14 to 33 after its first"):
