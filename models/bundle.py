@@ -79,6 +79,10 @@ class Manifest(_Frozen):
     counted_until: float = Field(
         allow_inf_nan=False, description="latest timestamp, UTC seconds, of the rows behind counts and histories"
     )
+    trained_until: float | None = Field(
+        None, allow_inf_nan=False, description="latest timestamp, UTC seconds, of the rows that were trained on"
+    )
+    splits: dict[str, str] = Field({}, description="fingerprint of the rows of each split behind counts and histories")
     training: dict[str, Any]
     seed: int
     metrics: dict[str, Any]
@@ -121,6 +125,7 @@ def write_bundle(out: Path, manifest: Callable[[dict[str, FileEntry]], Manifest]
         fill(folder)
         sealed = manifest(_describe(folder)).sealed()
         (folder / MANIFEST).write_bytes(sealed.canonical())
+        _open_to_readers(folder)
         for path in folder.rglob("*"):
             _sync(path)
         _sync(folder)
@@ -128,6 +133,13 @@ def write_bundle(out: Path, manifest: Callable[[dict[str, FileEntry]], Manifest]
         _sync(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give every file and folder the mode that the umask gives new ones: some libraries write for the owner alone."""
+    modes = {True: folder.stat().st_mode, False: (folder / MANIFEST).stat().st_mode}
+    for path in folder.rglob("*"):
+        path.chmod(modes[path.is_dir()] & 0o777)
 
 
 def read_manifest(folder: Path) -> Manifest:

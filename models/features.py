@@ -55,7 +55,7 @@ class UserFeatures:
     history: tuple[str, ...]  # last liked item ids, oldest first, at most the template's window
     history_times: tuple[float, ...]  # when each of them was liked, UTC seconds
     history_total: int  # how many liked items the user has had in all
-    counts: Counts = NO_COUNTS  # of all rows that the bundle was trained and validated on
+    counts: Counts = NO_COUNTS  # of all rows of the bundle's data
     since: float = -math.inf  # when the first row that the bundle learned from was, UTC seconds
 
     def may_be_used(self, deleted_at: float) -> bool:
@@ -96,7 +96,7 @@ class ItemFeatures:
     fold_C: Floats  # stage 2's vector, for folding users in
     semantic_D: Floats  # behind <Warm_ID>
     trained: bool
-    counts: Counts = NO_COUNTS  # of all rows that the bundle was trained and validated on
+    counts: Counts = NO_COUNTS  # of all rows of the bundle's data
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ class Tables:
     histories: Sequence[tuple[str, ...]]
     history_times: Sequence[tuple[float, ...]]
     history_totals: Sequence[int]
-    outcomes: Sequence[tuple[Outcome, ...]]  # the newest `MAX_OUTCOMES` of valid, oldest first
+    outcomes: Sequence[tuple[Outcome, ...]]  # the newest `MAX_OUTCOMES` of valid and test, oldest first
     train_impressions_U: NDArray[np.int64]
     user_since_U: NDArray[np.float64]  # when the first row of each user was, UTC seconds
-    user_counts_U2: NDArray[np.int64]  # impressions and positives of all rows of train and valid
+    user_counts_U2: NDArray[np.int64]  # impressions and positives of all rows of the bundle's data
     item_counts_I2: NDArray[np.int64]
     user_vectors_UC: Floats
     item_vectors_IC: Floats
@@ -172,7 +172,7 @@ class Tables:
         )
 
     def stored_outcomes(self, user_id: str) -> tuple[Outcome, ...]:
-        """Return a user's newest `MAX_OUTCOMES` outcomes in valid, oldest first; none for an unknown user."""
+        """Return a user's newest `MAX_OUTCOMES` stored outcomes, oldest first; none for an unknown user."""
         row = self._user_rows.get(user_id)
         return () if row is None else tuple(self.outcomes[row])
 

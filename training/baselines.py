@@ -101,6 +101,8 @@ class Boosting:
             return None
         titles = Titles.of(dataset.items["title"])
         features_NF = _features(dataset, histories, "train", LIVE, row_counts(dataset, "train", LIVE), rates, titles)
+        # No title of train may have a year; the trees cannot bin a feature without any value.
+        features_NF[:, np.isnan(features_NF[latest_N]).all(axis=0)] = 0.0
         trees = HistGradientBoostingClassifier(
             max_iter=50,
             learning_rate=0.05,

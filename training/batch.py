@@ -6,9 +6,9 @@ an empty log: the drift of the user's bias is over, and no like is recent.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,53 +20,70 @@ from models.fusion import Counts, probabilities
 from models.ids import IdError, canonical_id
 from models.loading import Bundle
 from models.packs import ScoringGroup
-from training.data.columns import cleaned_title
+from training.data.columns import FLOAT_ID, cleaned_title, reject_float_ids
 from training.data.errors import DataError
+from training.data.tables import CSV_ROWS_AT_ONCE, NO_COLUMNS, SUFFIXES, csv_parts, missing_column, own_names
 from training.evaluate import SCORING_TOKENS, Scorer
 from training.progress import Progress, no_progress
-from training.run import write_json
+from training.run import code_version, write_json
 
 GROUPS_AT_ONCE = 64
 FORMATS = (".parquet", ".csv")
+PAIR = ("user_id", "item_id")
 
 
 @dataclass(frozen=True)
 class PairFile:
-    """A file of pairs, read a part at a time; ids in a CSV are text."""
+    """A file of pairs, read a part at a time by the rules of a data folder's tables; ids in a CSV are text."""
 
     path: Path
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.path.suffix not in FORMATS:
-            raise DataError(f"{self.path}: give a file that ends in {' or '.join(FORMATS)}")
+        if not self.path.name.endswith(SUFFIXES):
+            raise DataError(f"{self.path}: give a file that ends in {', '.join(SUFFIXES)}")
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file")
-        with self._readable():
-            columns = self._scan().collect_schema().names()
-        for name in ("user_id", "item_id"):
-            if name not in columns:
-                raise DataError(f"{self.path.name}: column '{name}' is missing; found: {', '.join(columns)}")
 
     def rows(self) -> int:
-        """Return how many pairs there are."""
-        with self._readable():
-            return int(self._scan().select(pl.len()).collect().item())
+        """Return how many pairs there are.
+
+        Raises:
+            DataError: the file cannot be read, lacks a column, or every id of a column is a float as text.
+        """
+        rows = 0
+        floats = dict.fromkeys(PAIR, True)
+        for _, part in self.parts(CSV_ROWS_AT_ONCE):
+            for name in PAIR:
+                if name not in part.columns:
+                    raise missing_column(self.path, name, self.columns)
+                if part.schema[name] == pl.String and part.height:
+                    floats[name] = floats[name] and bool(part[name].str.contains(FLOAT_ID).all())
+                    if rows == 0:
+                        first = part.row(0, named=True)
+                else:
+                    floats[name] = False
+            rows += part.height
+        for name in PAIR if rows else ():
+            reject_float_ids(self.path.name, name, floats[name], str(first[name]) if floats[name] else "")
+        return rows
 
     def parts(self, size: int) -> Iterator[tuple[int, pl.DataFrame]]:
         """Yield (first row, pairs) with columns user_id, item_id and, where the file has it, title."""
-        columns = [name for name in self._scan().collect_schema().names() if name in ("user_id", "item_id", "title")]
+        wanted = (*PAIR, "title")
+        if self.path.suffix != ".parquet":
+            yield from csv_parts(self.path, wanted, self.columns, require=PAIR, rows_at_once=size)
+            return
         first = 0
         with self._readable():
-            for frame in self._scan().select(columns).collect_batches(chunk_size=size, maintain_order=True):
+            scan = pl.scan_parquet(self.path)
+            named = own_names(scan.collect_schema().names(), wanted, self.columns)
+            chosen = scan.select(pl.col(own).alias(name) for name, own in named.items())
+            for frame in chosen.collect_batches(chunk_size=size, maintain_order=True):
                 for start in range(0, frame.height, size):
                     part = frame.slice(start, size)
                     yield first, part
                     first += part.height
-
-    def _scan(self) -> pl.LazyFrame:
-        if self.path.suffix == ".csv":
-            return pl.scan_csv(self.path, infer_schema=False)
-        return pl.scan_parquet(self.path)
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -85,6 +102,7 @@ def score_pairs(
     *,
     skip_unknown: bool,
     chunk: int,
+    columns: Mapping[str, str] = NO_COLUMNS,
     progress: Progress = no_progress,
 ) -> int:
     """Score every pair of a file into `out`: user_id, item_id, score, raw_score, cold_user, cold_item.
@@ -97,7 +115,7 @@ def score_pairs(
     Raises:
         DataError: unreadable pairs, a bad id, or an unknown item without a title unless `skip_unknown`.
     """
-    source = PairFile(pairs)
+    source = PairFile(pairs, columns)
     if out.suffix not in FORMATS:
         raise DataError(f"{out}: give a file that ends in {' or '.join(FORMATS)}")
     if out.exists():
@@ -113,7 +131,8 @@ def score_pairs(
         "modified": pairs.stat().st_mtime_ns,
         "chunk": chunk,
         "skip": skip_unknown,
-        "columns": "float64",  # parts of other types would not go together
+        "columns": dict(columns),
+        "code": code_version(),
         "dtype": str(backbone.dtype),
         "device": backbone.model.device.type,
     }

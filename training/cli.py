@@ -1,15 +1,19 @@
 """`sella-train`: prepare, fit, evaluate, score, prompt, inspect, and the measurements of docs/results.md."""
 
 import json
+import math
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from models.backbone import BackboneError
 from models.bundle import BundleError
@@ -17,13 +21,44 @@ from models.ids import IdError
 from models.titles import TitleError
 from models.tokens import TokenizerError
 from training.config import Config, ConfigError, Until, load_config
-from training.data.errors import DataError
+from training.data.errors import DataError, disk_problem
 from training.data.history import Histories, Ties
 from training.data.prepare import app as prepare_app
 from training.data.summary import summarize
-from training.printing import one_line, show_precision, show_report, show_stages, show_summary, show_ties, show_verdict
+from training.printing import (
+    number,
+    one_line,
+    show_precision,
+    show_report,
+    show_stages,
+    show_summary,
+    show_ties,
+    show_verdict,
+)
+
+
+class OneLineCommands(TyperGroup):
+    """Tells a mistake on the command line in one line on stderr, with exit status 2."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command and exit; typer itself would print a usage and a box around the mistake."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except typer.Abort:
+            sys.exit(130)
+        except Exception as error:
+            # The error of a wrong command line has no public name in every typer; no other has a formatted message.
+            formatted = getattr(error, "format_message", None)
+            if formatted is None:
+                raise
+            if message := " ".join(formatted().split()):  # without any argument typer has printed the help
+                print(f"error: {message}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
+
 
 app = typer.Typer(
+    cls=OneLineCommands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train and judge SeLLa-Rec bundles.",
@@ -42,6 +77,9 @@ ConfigOption = Annotated[
 PositiveOption = Annotated[float | None, typer.Option(help="a rating above this is label 1")]
 SplitByOption = Annotated[
     str | None, typer.Option("--split-by", help='one interactions file: "0.8,0.1,0.1" or "2017-12-01,2017-12-15"')
+]
+ColumnsOption = Annotated[
+    str | None, typer.Option("--columns", help="the files' own names of columns: user_id=userId,item_id=movieId")
 ]
 TiesOption = Annotated[
     Ties | None,
@@ -62,7 +100,8 @@ def fit(
     until: Annotated[Until | None, typer.Option(help="end after this stage; --resume goes on from there")] = None,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="instead of the configuration's")] = None,
+    columns: ColumnsOption = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="instead of the configuration's")] = None,
     ties: TiesOption = None,
     noun: Annotated[str | None, typer.Option(help="what an item is called in the prompt, such as book")] = None,
     plural: Annotated[str | None, typer.Option(help="its plural; by default the noun with an s")] = None,
@@ -84,7 +123,7 @@ def fit(
             show_summary(run.console, summarize(dataset, histories))
             show_ties(run.console, histories, list(dataset.splits))
 
-        dataset = read_data(data, positive_above, split_by)
+        dataset = read_data(data, positive_above, split_by, columns=columns)
         report = fit_bundle(run, dataset, backbone, out, resume=resume, until=until, begun=begun)
         if run.is_main and not report:
             run.say(f"ended after {until}; to continue, run the same command with --resume and without --until")
@@ -107,6 +146,7 @@ def evaluate(
     as_json: JsonOption = False,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
+    columns: ColumnsOption = None,
     device: DeviceOption = "",
     dtype: DtypeOption = None,
     ties: TiesOption = None,
@@ -116,19 +156,25 @@ def evaluate(
         from training.counts import Counting, row_outcomes
         from training.data.history import build_histories
         from training.evaluate import score_split
+        from training.overlap import doubts, tables_before_test
         from training.start import open_scorer, progress_bar, read_data
         from training.verdict import judge_bundle
 
+        if not math.isfinite(delay):
+            raise ConfigError(f"--delay {delay}: give seconds")
         if delay and not live:
             raise ConfigError(f"--delay {delay:g}: it applies to live counts only; add --live")
         counting = Counting(live=live, delay=delay)
         opened, scorer = open_scorer(bundle, device, dtype)
-        dataset = read_data(data, positive_above, split_by, require=(split,))
+        dataset = read_data(data, positive_above, split_by, (split,), columns)
         histories = build_histories(dataset, ties or opened.manifest.training.get("ties", "strict"))
         show_ties(Console(stderr=True), histories, [split])
         if delay:
             times_B = dataset.splits[split]["timestamp"].to_numpy()
             histories = histories.delayed(split, times_B - delay)
+        for doubt in doubts(bundle, opened.manifest, scorer.tables, dataset, split):
+            print(f"warning: {doubt}", file=sys.stderr)
+        scorer = replace(scorer, tables=tables_before_test(scorer.tables, dataset, opened.manifest))
         outcomes = row_outcomes(dataset, split, counting, scorer.tables)
         with progress_bar(f"scoring {split}") as progress:
             scored = score_split(scorer, dataset, histories, split, progress=progress, outcomes=outcomes)
@@ -148,6 +194,7 @@ def precision(
     as_json: JsonOption = False,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
+    columns: ColumnsOption = None,
     device: DeviceOption = "",
     ties: TiesOption = None,
 ) -> None:
@@ -158,7 +205,7 @@ def precision(
         from training.precision import precision_study
         from training.start import progress_bar, read_data
 
-        dataset = read_data(data, positive_above, split_by, require=(split,))
+        dataset = read_data(data, positive_above, split_by, (split,), columns)
         histories = build_histories(dataset, ties or verify(bundle).training.get("ties", "strict"))
         show_ties(Console(stderr=True), histories, [split])
         with progress_bar(f"scoring {split} twice") as progress:
@@ -172,24 +219,34 @@ def precision(
 @app.command()
 def score(
     bundle: BundleOption,
-    pairs: Annotated[Path, typer.Option(help=".parquet or .csv with user_id, item_id and, for unknown items, title")],
+    pairs: Annotated[Path, typer.Option(help="parquet or CSV with user_id, item_id and, for unknown items, title")],
     out: Annotated[Path, typer.Option(help=".parquet or .csv to write")],
     on_unknown: Annotated[
         Literal["error", "skip"], typer.Option(help="error, or skip: such pairs get no score")
     ] = "error",
     chunk: Annotated[int, typer.Option(min=1, help="pairs of one resumable part")] = 20_000,
+    columns: ColumnsOption = None,
     device: DeviceOption = "",
     dtype: DtypeOption = None,
 ) -> None:
     """Score unlabelled pairs with the bundle's stored histories; a run that was stopped resumes by itself."""
     with one_line_errors():
         from training.batch import score_pairs
+        from training.data.tables import parse_columns
         from training.start import open_scorer, progress_bar
 
         opened, scorer = open_scorer(bundle, device, dtype)
         with progress_bar(f"scoring {pairs.name}") as progress:
-            skip = on_unknown == "skip"
-            cleaned = score_pairs(opened, scorer, pairs, out, skip_unknown=skip, chunk=chunk, progress=progress)
+            cleaned = score_pairs(
+                opened,
+                scorer,
+                pairs,
+                out,
+                skip_unknown=on_unknown == "skip",
+                chunk=chunk,
+                columns=parse_columns(columns),
+                progress=progress,
+            )
         if cleaned:
             print(f"{cleaned:,} pairs have a title that was cleaned (docs/data.md)", file=sys.stderr)
 
@@ -259,6 +316,7 @@ def alignment(
     seeds: Annotated[int, typer.Option(min=2, help="how often stage 2 is trained")] = 5,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
+    columns: ColumnsOption = None,
     ties: TiesOption = None,
 ) -> None:
     """Table 6 of the paper: AUC before stage 3's first step, with and without alignment, over several seeds."""
@@ -270,7 +328,7 @@ def alignment(
 
         run = new_run(work, _configuration(config, ties))
         work.mkdir(parents=True, exist_ok=True)
-        dataset = read_data(data, positive_above, split_by)
+        dataset = read_data(data, positive_above, split_by, columns=columns)
         show_ties(run.console, build_histories(dataset, run.config.ties), ["train", "valid"])
         reached = alignment_study(run, dataset, backbone, seeds)
         table = Table("warm valid rows, step 0", "mean AUC (95 %)", *(f"seed {seed}" for seed in range(seeds)))
@@ -287,6 +345,7 @@ def windows(
     config: ConfigOption = None,
     positive_above: PositiveOption = None,
     split_by: SplitByOption = None,
+    columns: ColumnsOption = None,
     ties: TiesOption = None,
 ) -> None:
     """Train with sliding and with anchored history windows: tokens computed per target and AUC, side by side."""
@@ -296,7 +355,7 @@ def windows(
         from training.studies import window_study
 
         run = new_run(work, _configuration(config, ties))
-        dataset = read_data(data, positive_above, split_by)
+        dataset = read_data(data, positive_above, split_by, columns=columns)
         show_ties(run.console, build_histories(dataset, run.config.ties), ["train", "valid"])
         results, difference = window_study(run, dataset, backbone, work)
         table = Table(
@@ -306,7 +365,7 @@ def windows(
             (packed_1, _), (packed_3, alone_3) = result.tokens["adapt"], result.tokens["project"]
             areas = (result.stages["stage 1, text alone"]["auc"], result.stages["stage 3"]["auc"])
             cells = [f"{value:.1f}" for value in (packed_1, packed_3, alone_3)]
-            table.add_row(result.window, *cells, *(f"{area:.4f}" for area in areas))
+            table.add_row(result.window, *cells, *map(number, areas))
         run.console.print(table)
         run.console.print(f"stage 3, anchored minus sliding: AUC {one_line(difference['auc'])}")
 
@@ -314,6 +373,9 @@ def windows(
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and exit status 2; anything else is a bug and shows as one."""
+    from polars.exceptions import PolarsError
+    from safetensors import SafetensorError
+
     from models.scoring_model import NotFiniteError
     from training.loop import TrainingError
     from training.run import RunError
@@ -322,13 +384,17 @@ def one_line_errors() -> Iterator[None]:
         *(DataError, ConfigError, BundleError, BackboneError),
         *(TokenizerError, IdError, TitleError, RunError, TrainingError, NotFiniteError),
     )
+    # TensorBoard writes in a thread, whose error comes up in the command too.
+    threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else threading.__excepthook__(told)
     try:
         yield
     except known as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except OSError as error:  # a folder that cannot be written, a disk that is full
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+    except (OSError, SafetensorError, PolarsError) as error:  # a folder that cannot be written, a disk that is full
+        if (problem := disk_problem(error)) is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was (fit: with --resume)", file=sys.stderr)

@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ScheduleConfig(_Frozen):
@@ -144,7 +144,9 @@ class ProjectConfig(_Frozen):
 class Config(_Frozen):
     """Everything a `fit` depends on besides the data and the backbone."""
 
-    seed: int = Field(0, ge=0, description="seed of every random draw; equal seeds give equal bundles on a CPU")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="seed of every random draw; equal seeds give equal bundles on a CPU"
+    )
     template: TemplateConfig = TemplateConfig()
     ties: Ties = Field(
         "strict",

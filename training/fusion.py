@@ -135,6 +135,12 @@ def cross_fitted(
     return np.asarray(scores_N, np.float32)
 
 
+def enough_to_fit(labels_N: NDArray[np.bool_]) -> bool:
+    """Return whether rows with these labels are enough to fit weights; with fewer, weights that need no data stay."""
+    positive, rows = labels_N.sum(), len(labels_N)
+    return bool(rows >= LEAST_ROWS and min(positive, rows - positive) >= LEAST_OF_A_CLASS)
+
+
 def scores_of(fusion: Fusion, known: Known) -> Floats:
     """Return the fusion's scores of any number of rows, `(B,)`, in bounded memory."""
     return np.concatenate([np.zeros(0, np.float32), *(fusion(part) for part in _parts(known))])
@@ -188,8 +194,7 @@ class _Design:
     @property
     def enough(self) -> bool:
         """Whether there are enough rows to fit weights."""
-        positive, rows = self.labels_N.sum(), len(self.labels_N)
-        return bool(rows >= LEAST_ROWS and min(positive, rows - positive) >= LEAST_OF_A_CLASS)
+        return enough_to_fit(self.labels_N)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.memory import release_freed_memory
 from training.config import ScheduleConfig
+from training.prediction import worth
 from training.progress import TaskProgress
 from training.run import Run, read_tensors, write_tensors
 
@@ -58,7 +59,7 @@ class StageLoop(Generic[Step]):
         rates: list[tuple[dict[str, nn.Parameter], float, float]],
         schedule: ScheduleConfig,
         plan: Callable[[np.random.Generator], list[Step]],
-        evaluate: Callable[[], Mapping[str, float]],
+        evaluate: Callable[[], Mapping[str, float | None]],
         objective: str = "auc",
         *,
         serial: bool = False,
@@ -76,7 +77,7 @@ class StageLoop(Generic[Step]):
             betas=(0.9, schedule.second_moment),
         )
         self.step = 0
-        self.evaluations: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float | None]] = []
         self.best: dict[str, Tensor] = {}
         self._plan = plan
         self._evaluate = evaluate
@@ -211,25 +212,37 @@ class StageLoop(Generic[Step]):
         return self.run.sum(self._loss)
 
     def _record(self, writer: SummaryWriter | None = None) -> None:
-        figures = {"step": float(self.step), **self._evaluate()}
-        better = all(figures[self._objective] > earlier for earlier in self._history())
+        figures: dict[str, float | None] = {"step": float(self.step), **self._evaluate()}
+        value = worth(figures, self._objective)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.name}, step {self.step}: the scores of valid are not finite; lower the learning rate or train"
+                " in float32"
+            )
+        better = all(value > earlier for earlier in self._history())
         self.evaluations.append(figures)
         if better:
             self.best = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
         if writer is not None:
-            for key, value in figures.items():
-                writer.add_scalar(f"valid/{key}", value, self.step)
+            for key, figure in figures.items():
+                if figure is not None:
+                    writer.add_scalar(f"valid/{key}", figure, self.step)
 
     def _patience_is_spent(self) -> bool:
         values = self._history()
         return len(values) - 1 - int(np.argmax(values)) >= self.schedule.patience
 
     def _history(self) -> list[float]:
-        return [figures[self._objective] for figures in self.evaluations]
+        return [worth(figures, self._objective) for figures in self.evaluations]
 
     def _show(self, progress: TaskProgress) -> None:
         values = self._history()
-        progress.note(f"valid {self._objective} {values[-1]:.4f}, best {max(values):.4f}")
+        if self.evaluations[-1][self._objective] is None:
+            progress.note(
+                f"valid {self._objective} undefined: one class; log-loss {-values[-1]:.4f}, best {-max(values):.4f}"
+            )
+        else:
+            progress.note(f"valid {self._objective} {values[-1]:.4f}, best {max(values):.4f}")
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():

@@ -36,13 +36,19 @@ class Interval:
 
 
 def auc(scores_B: NDArray[np.floating], labels_B: NDArray[np.floating]) -> float | None:
-    """Return the area under the ROC curve, ties counted half; None unless both classes are there."""
-    area = _Area(scores_B, labels_B, _Replicas(np.zeros(len(scores_B), np.int64), 0, 0)).of(np.ones(1))
+    """Return the area under the ROC curve, ties counted half; None unless both classes are there.
+
+    It is also None if a score is not finite, as in all figures of this module: NaN has no place in an order.
+    """
+    replicas = _Replicas(np.zeros(len(scores_B), np.int64), 0, 0)
+    area = _statistic("auc", scores_B, labels_B, replicas).of(np.ones(1))
     return None if np.isnan(area) else area
 
 
 def uauc(scores_B: NDArray[np.floating], labels_B: NDArray[np.floating], users_B: NDArray[np.integer]) -> float | None:
-    """Return the mean AUC over the users that have both classes; None when none has."""
+    """Return the mean AUC over the users that have both classes; None when none has, or a score is not finite."""
+    if not np.isfinite(scores_B).all():
+        return None
     areas_U = _user_areas(scores_B, labels_B, np.unique(users_B, return_inverse=True)[1])
     return None if np.isnan(areas_U).all() else float(np.nanmean(areas_U))
 
@@ -76,9 +82,9 @@ def compare_scores(
     replicas = _Replicas(users_B, replicates, seed)
     samples = replicas.samples(
         {
-            (name, metric): make(values_B, labels_B, replicas)
+            (name, metric): _statistic(metric, values_B, labels_B, replicas)
             for name, values_B in scores.items()
-            for metric, make in _STATISTICS.items()
+            for metric in _STATISTICS
         }
     )
     measured = {name: {metric: _interval(samples[name, metric]) for metric in _STATISTICS} for name in scores}
@@ -241,12 +247,25 @@ class _CalibrationError:
         return values_R
 
 
+class _Undefined(_Plain):
+    """Every figure of scores that are not all finite."""
+
+    def of(self, weights_U: Floats) -> float:
+        return np.nan
+
+
 _STATISTICS: Mapping[str, Callable[[NDArray[np.floating], NDArray[np.floating], _Replicas], Statistic]] = {
     "auc": _Area,
     "uauc": _UserArea,
     "log_loss": _LogLoss,
     "ece": _CalibrationError,
 }
+
+
+def _statistic(
+    metric: str, scores_B: NDArray[np.floating], labels_B: NDArray[np.floating], replicas: _Replicas
+) -> Statistic:
+    return _STATISTICS[metric](scores_B, labels_B, replicas) if np.isfinite(scores_B).all() else _Undefined()
 
 
 def _differences(
@@ -261,7 +280,7 @@ def _differences(
     replicas = _Replicas(users_B, replicates, seed)
     pairs = {"ours": ours_B, "theirs": theirs_B}
     samples = replicas.samples(
-        {(who, name): _STATISTICS[name](pairs[who], labels_B, replicas) for who in pairs for name in metrics}
+        {(who, name): _statistic(name, pairs[who], labels_B, replicas) for who in pairs for name in metrics}
     )
     return {name: _interval(samples["ours", name] - samples["theirs", name]) for name in metrics}
 

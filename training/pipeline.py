@@ -6,6 +6,7 @@ The stages meet through files in the run folder, so that each reads what the one
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -37,12 +38,14 @@ from models.template import Template
 from training.backbones import Base, made_by_the_run, opened_before_the_run
 from training.config import TINY, Until
 from training.counts import LIVE, counts_by_id, row_outcomes
-from training.data.dataset import Dataset
+from training.data.dataset import Dataset, fingerprint_of, require_learnable
 from training.data.history import Histories, build_histories
 from training.evaluate import Scorer, cold_rows, score_split
 from training.examples import Examples
+from training.fusion import enough_to_fit
+from training.overlap import ROWS_FILE, write_rows
 from training.report import stage_report
-from training.run import Run, read_tensors, write_tensors
+from training.run import Run, code_version, read_tensors, write_tensors
 from training.stages.adapt import adapt, distil_items
 from training.stages.align import Collab, align
 from training.stages.pretrain import pretrain
@@ -74,24 +77,30 @@ def fit(
 ) -> dict[str, Any]:
     """Train every stage and write the bundle; returns its validation report. A finished run resumes to its report.
 
+    Train and valid alone train and judge. The bundle's histories, counts and outcomes hold every row, also of test.
+
     The main process calls `begun` with the data and histories, after the run folder is claimed. With `until` the run
     ends after that stage, writes no bundle and returns an empty report; a resumed run continues after that stage.
 
     Raises:
         BundleError: something else is already at `out`.
+        DataError: no stage can learn from the data.
         BackboneError, TokenizerError: the backbone cannot be used; the run folder is then not claimed.
         RunError: the run folder holds another run.
     """
     if out.exists() and not (resume and run.claimed):
         raise BundleError(f"{out} already exists; choose another path or remove it")
+    whole = dataset
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
-    identity = _identity(run, dataset, backbone)
-    run.check(identity, resume=resume)
-    base = None if backbone == TINY or out.exists() else opened_before_the_run(run, backbone)
-    run.claim(identity, resume=resume)
-    _say_what_items_are_called(run)
+    require_learnable(dataset)
+    identity = run_identity(run, whole, backbone)
+    run.check(identity, resume=resume, finished=out.exists())
     if out.exists():
         return dict(verify(out).metrics)
+    base = None if backbone == TINY else opened_before_the_run(run, backbone)
+    run.claim(identity, resume=resume)
+    _say_what_items_are_called(run)
+    _say_if_valid_is_small(run, dataset)
     histories = build_histories(dataset, run.config.ties)
     if run.is_main:
         begun(dataset, histories)
@@ -109,7 +118,8 @@ def fit(
             scored = score_split(scorer, dataset, histories, "valid", progress=progress.count, outcomes=outcomes)
         fitted = fit_and_judge(scored, dataset, histories, scorer.tables, run.config.seed)
         report |= fitted.report
-        _write(run, out, prepared, scorer, projections, fitted, dataset, report)
+        latest = _with_all_rows(run, scorer, whole, collab)
+        _write(run, out, prepared, scorer, latest, projections, fitted, whole, report)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -136,6 +146,15 @@ def _say_what_items_are_called(run: Run) -> None:
         run.say(
             f'items are called "{template.noun}" in the prompt, since neither --noun nor template.noun names them; for'
             " other items give for example --noun book"
+        )
+
+
+def _say_if_valid_is_small(run: Run, dataset: Dataset) -> None:
+    labels_B = dataset.splits["valid"]["label"].to_numpy()
+    if not enough_to_fit(labels_B > 0):
+        run.say(
+            f"{dataset.file_of('valid')}: {len(labels_B):,} rows, {int(labels_B.sum()):,} of label 1, are too few to"
+            " fit the weights of score, which keep their defaults"
         )
 
 
@@ -167,39 +186,67 @@ def _scorer(
     tables: dict[str, Tensor],
     projections: Projections,
 ) -> Scorer:
-    """Put the trained parts together as the bundle will hold them."""
-    items, splits = prepared.examples.dataset.items, prepared.examples.dataset.splits
-    size = run.config.template.max_history
-    liked = [histories.positives_of(code) for code in range(len(histories.user_ids))]
-    times = [histories.times_of(code) for code in range(len(histories.user_ids))]
-    item_ids = items["item_id"].to_list()
+    """Put the trained parts together; histories, counts and outcomes are those of train and valid."""
+    items = prepared.examples.dataset.items
     served = Tables(
-        user_ids=histories.user_ids.to_list(),
-        item_ids=item_ids,
+        item_ids=items["item_id"].to_list(),
         titles=items["title"].to_list(),
-        user_trained_U=collab.user_trained_U.numpy(),
         item_trained_I=collab.item_trained_I.numpy(),
-        histories=[tuple(item_ids[row] for row in rows[max(0, len(rows) - size) :]) for rows in liked],
-        history_times=[tuple(rows[max(0, len(rows) - size) :].tolist()) for rows in times],
-        history_totals=[len(rows) for rows in liked],
-        outcomes=_outcomes(splits["valid"], histories.user_ids),
-        train_impressions_U=_counts([splits["train"]], "user_id", histories.user_ids)[:, 0],
-        user_since_U=_first_rows(splits.values(), histories.user_ids),
-        user_counts_U2=_counts(splits.values(), "user_id", histories.user_ids),
-        item_counts_I2=_counts(splits.values(), "item_id", items["item_id"]),
+        user_trained_U=collab.user_trained_U.numpy(),
         user_vectors_UC=tables["user_vectors"].numpy(),
         item_vectors_IC=tables["item_vectors"].numpy(),
         fold_vectors_IC=collab.item_vectors_IC.numpy(),
         semantic_ID=tables["semantic"].numpy(),
         prior=collab.prior,
         text_map=collab.text_map,
+        **_of_rows(prepared.examples.dataset, histories, run.config.template.max_history),
     )
     assembler = Assembler(prepared.examples.template, collab.prior)
     return Scorer(ScoringModel(prepared.backbone, projections), served, assembler)
 
 
-def _latest(dataset: Dataset) -> float:
-    times = pl.concat(frame.select(pl.col("timestamp").cast(pl.Float64)) for frame in dataset.splits.values())
+def _of_rows(dataset: Dataset, histories: Histories, size: int) -> dict[str, Any]:
+    """Return what the tables hold of a dataset's rows: users, histories, outcomes and counts.
+
+    Users of test alone come last, because splits come in order.
+    """
+    codes, item_ids = range(len(histories.user_ids)), dataset.items["item_id"].to_list()
+    liked = [histories.positives_of(code) for code in codes]
+    times = [histories.times_of(code) for code in codes]
+    splits = dataset.splits
+    return {
+        "user_ids": histories.user_ids.to_list(),
+        "histories": [tuple(item_ids[row] for row in rows[max(0, len(rows) - size) :]) for rows in liked],
+        "history_times": [tuple(rows[max(0, len(rows) - size) :].tolist()) for rows in times],
+        "history_totals": [len(rows) for rows in liked],
+        "outcomes": _outcomes([frame for name, frame in splits.items() if name != "train"], histories.user_ids),
+        "train_impressions_U": _counts([splits["train"]], "user_id", histories.user_ids)[:, 0],
+        "user_since_U": _first_rows(splits.values(), histories.user_ids),
+        "user_counts_U2": _counts(splits.values(), "user_id", histories.user_ids),
+        "item_counts_I2": _counts(splits.values(), "item_id", dataset.items["item_id"]),
+    }
+
+
+def _with_all_rows(run: Run, scorer: Scorer, whole: Dataset, collab: Collab) -> Tables:
+    """Return the tables with the histories, counts and outcomes of all rows: what was held back judged, and serves."""
+    histories = build_histories(whole, run.config.ties)
+    new = len(histories.user_ids) - len(scorer.tables.user_ids)
+    rows = sum(frame.height for frame in whole.splits.values())
+    run.say(
+        f"histories and counts of the bundle hold all {rows:,} rows of {', '.join(whole.splits)}, up to"
+        f" {datetime.fromtimestamp(_latest(whole.splits.values()), UTC).isoformat(' ', 'seconds')} UTC"
+    )
+    vectors_UC = scorer.tables.user_vectors_UC
+    return replace(
+        scorer.tables,
+        user_trained_U=np.concatenate([scorer.tables.user_trained_U, np.zeros(new, bool)]),
+        user_vectors_UC=np.concatenate([vectors_UC, np.tile(collab.prior.mean_C, (new, 1))]),
+        **_of_rows(whole, histories, run.config.template.max_history),
+    )
+
+
+def _latest(frames: Iterable[pl.DataFrame]) -> float:
+    times = pl.concat(frame.select(pl.col("timestamp").cast(pl.Float64)) for frame in frames)
     return float(times["timestamp"].to_numpy().max())
 
 
@@ -218,10 +265,11 @@ def _first_rows(frames: Iterable[pl.DataFrame], user_ids: pl.Series) -> np.ndarr
     return joined["timestamp"].to_numpy()
 
 
-def _outcomes(valid: pl.DataFrame, user_ids: pl.Series) -> list[tuple[Outcome, ...]]:
-    """Return each user's newest `MAX_OUTCOMES` outcomes in valid, oldest first."""
+def _outcomes(frames: Iterable[pl.DataFrame], user_ids: pl.Series) -> list[tuple[Outcome, ...]]:
+    """Return each user's newest `MAX_OUTCOMES` outcomes in some splits, oldest first."""
     newest = (
-        valid.sort("timestamp", maintain_order=True)
+        pl.concat(frames)
+        .sort("timestamp", maintain_order=True)
         .group_by("user_id", maintain_order=True)
         .tail(MAX_OUTCOMES)
         .group_by("user_id", maintain_order=True)
@@ -236,12 +284,13 @@ def _write(
     out: Path,
     prepared: Prepared,
     scorer: Scorer,
+    tables: Tables,
     projections: Projections,
     fitted: FittedFusion,
     dataset: Dataset,
     report: dict[str, Any],
 ) -> None:
-    tables, config, base = scorer.tables, run.config, prepared.base
+    config, base = run.config, prepared.base
 
     def fill(folder: Path) -> None:
         copy_tree(prepared.adapter, folder / "adapter")
@@ -250,6 +299,7 @@ def _write(
         else:
             base.definition.write(folder / BACKBONE)
         _write_tables(folder, tables)
+        write_rows(folder / ROWS_FILE, dataset.splits)
         save_file(projections.cpu().state_dict(), folder / "projection.safetensors")
         (folder / "fusion.json").write_text(fitted.fusion.model_dump_json(indent=2) + "\n")
 
@@ -277,11 +327,13 @@ def _write(
                 items=len(tables.item_ids),
             ),
             data_fingerprint=dataset.fingerprint(),
-            counted_until=_latest(dataset),
+            counted_until=_latest(dataset.splits.values()),
+            trained_until=_latest([dataset.splits["train"]]),
+            splits={name: fingerprint_of({name: frame}) for name, frame in dataset.splits.items()},
             training=config.model_dump(mode="json"),
             seed=config.seed,
             metrics=report,
-            reference=_reference(scorer, dataset, fitted.live_B),
+            reference=_reference(scorer, prepared.examples, fitted.live_B),
             files=files,
         )
 
@@ -355,18 +407,29 @@ def _tensors(**arrays: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(one)).clone() for name, one in arrays.items()}
 
 
-def _reference(scorer: Scorer, dataset: Dataset, scores_B: np.ndarray) -> dict[str, Any]:
-    """Describe the validation split's scores and inputs, for the service to compare its traffic with."""
-    tables = scorer.tables
-    cold_user_B, cold_item_B = cold_rows(dataset, "valid", tables)
+def _reference(scorer: Scorer, examples: Examples, scores_B: np.ndarray) -> dict[str, Any]:
+    """Describe the validation split's scores and inputs, for the service to compare its traffic with.
+
+    A request has one user at one moment, so the histories are counted once for each user and timestamp of valid.
+    """
+    valid, rows = examples.dataset.splits["valid"], examples.histories.of_split("valid")
+    cold_user_B, cold_item_B = cold_rows(examples.dataset, "valid", scorer.tables)
+    moments = valid.select("user_id", "timestamp", length=pl.Series(rows.length))
+    lengths_Q = moments.unique(["user_id", "timestamp"], keep="first", maintain_order=True)["length"].to_numpy()
     deciles = np.linspace(0, 1, 11)
     return {
         "score_deciles": [round(float(one), 6) for one in np.quantile(scores_B, deciles)],
         "cold_user_rate": float(cold_user_B.mean()),
         "cold_item_rate": float(cold_item_B.mean()),
-        "history_length_deciles": [float(one) for one in np.quantile(np.array(tables.history_totals), deciles)],
+        "history_length_deciles": [float(one) for one in np.quantile(lengths_Q, deciles)],
     }
 
 
-def _identity(run: Run, dataset: Dataset, backbone: str) -> dict[str, Any]:
-    return {"data": dataset.fingerprint(), "backbone": backbone, "configuration": run.config.model_dump(mode="json")}
+def run_identity(run: Run, dataset: Dataset, backbone: str) -> dict[str, Any]:
+    """Return what a run folder belongs to: what is trained begins with these, whenever it is resumed."""
+    return {
+        "data": dataset.fingerprint(),
+        "backbone": backbone,
+        "configuration": run.config.model_dump(mode="json"),
+        "code": code_version(),
+    }

@@ -3,7 +3,7 @@
 Shapes: B rows of a split, K targets of a forward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,14 +34,22 @@ def predict(run: Run, examples: Examples, kind: PromptKind, targets: Targets, fo
     return predicted
 
 
-def figures(logits_B: Floats, targets: Targets) -> dict[str, float]:
-    """Return auc, uauc and log_loss of a split's logits."""
+def figures(logits_B: Floats, targets: Targets) -> dict[str, float | None]:
+    """Return auc, uauc and log_loss of a split's logits; None for what the labels or the logits leave undefined."""
     rows = np.concatenate(targets.groups)
     logits, labels, users = logits_B[rows], targets.label_B[rows], targets.user_B[rows]
-    loss = np.logaddexp(0.0, np.where(labels > 0, -logits, logits)).mean()
-    area, by_user = auc(logits, labels), uauc(logits, labels, users)
+    loss = float(np.logaddexp(0.0, np.where(labels > 0, -logits, logits)).mean())
     return {
-        "auc": 0.5 if area is None else area,
-        "uauc": 0.5 if by_user is None else by_user,
-        "log_loss": float(loss),
+        "auc": auc(logits, labels),
+        "uauc": uauc(logits, labels, users),
+        "log_loss": loss if np.isfinite(logits).all() else None,
     }
+
+
+def worth(figures: Mapping[str, float | None], objective: str = "auc") -> float:
+    """Return a number that is higher for better logits: the objective, or minus the log-loss where it is undefined.
+
+    One class alone leaves the AUC undefined for every checkpoint of a stage, so the two never meet in one comparison.
+    """
+    value, loss = figures[objective], figures.get("log_loss")
+    return value if value is not None else -np.inf if loss is None else -loss

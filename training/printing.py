@@ -54,8 +54,8 @@ def show_stages(console: Console, report: dict[str, Any]) -> None:
     table = Table(rows, "AUC", "UAUC", "stage 3 minus it, AUC (95 %)", title="Stages", title_justify="left")
     for name, reached in report["stages"].items():
         gap = report["stage 3 minus"].get(name, {}).get("auc")
-        interval = "" if gap is None else f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
-        table.add_row(name, f"{reached['auc']:.4f}", f"{reached['uauc']:.4f}", interval)
+        interval = "" if gap is None else one_line(gap, signed=True)
+        table.add_row(name, number(reached["auc"]), number(reached["uauc"]), interval)
     console.print(table)
 
 
@@ -63,11 +63,14 @@ def show_precision(console: Console, report: dict[str, Any]) -> None:
     """Print how another number type changes the scores and metrics."""
     own, other = report["own"], report["other"]
     console.print(
-        f"{report['split']}, {report['rows']} rows: AUC {own['auc']:.5f} in {own['dtype']}, {other['auc']:.5f} in"
-        f" {other['dtype']}; a score moves by at most {report['worst']:.2g}"
+        f"{report['split']}, {report['rows']} rows: AUC {number(own['auc'], 5)} in {own['dtype']},"
+        f" {number(other['auc'], 5)} in {other['dtype']}; a score moves by at most {report['worst']:.2g}"
     )
     for name, one in report["difference"].items():
-        console.print(f"{name:9} {one['value']:+.6f}  ({one['low']:+.6f} to {one['high']:+.6f})")
+        interval = (
+            "undefined" if one["value"] is None else (f"{one['value']:+.6f}  ({one['low']:+.6f} to {one['high']:+.6f})")
+        )
+        console.print(f"{name:9} {interval}")
 
 
 def show_report(console: Console, split: str, report: dict[str, Any]) -> None:
@@ -108,9 +111,14 @@ def _moment(seconds: float | None) -> str:
     return "–" if moment is None else moment.isoformat(" ", "minutes")
 
 
-def one_line(found: dict[str, float | None]) -> str:
+def one_line(found: dict[str, float | None], *, signed: bool = False) -> str:
     """Return a value and its interval on one line."""
-    return _interval(found).replace("\n", " ")
+    return _interval(found, signed=signed).replace("\n", " ")
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a figure as text."""
+    return "undefined" if value is None else f"{value:.{digits}f}"
 
 
 def _interval(found: dict[str, float | None], *, signed: bool = False) -> str:

@@ -4,10 +4,12 @@ The run folder is the memory of a `fit`: every finished stage leaves its result 
 checkpoint, so that a killed run resumes where it was.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,16 @@ from training.progress import Lines, TaskProgress
 
 class RunError(ValueError):
     """A run folder that cannot be used; the message says why and what to do."""
+
+
+def code_version() -> dict[str, str]:
+    """Return what a run must not mix: the versions of sella and of the libraries, and a hash of sella's source."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(one for package in ("models", "training") for one in (root / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}:{hashlib.sha256(path.read_bytes()).hexdigest()};".encode())
+    versions = {name: version(name) for name in ("sella", "torch", "transformers", "peft")}
+    return versions | {"source": digest.hexdigest()}
 
 
 Shared = TypeVar("Shared", list[Any], Tensor)
@@ -64,8 +76,8 @@ class Run:
         """Whether a `fit` has begun in the run folder."""
         return (self.folder / "run.json").exists()
 
-    def check(self, identity: dict[str, Any], *, resume: bool) -> None:
-        """Refuse a run folder that `claim` would refuse; write nothing.
+    def check(self, identity: dict[str, Any], *, resume: bool, finished: bool = False) -> None:
+        """Refuse a run folder that `claim` would refuse; write nothing. A finished run may be of any code.
 
         Raises:
             RunError: the folder holds another run, or it holds a run and `resume` is False.
@@ -73,14 +85,18 @@ class Run:
         if not self.is_main or not self.claimed:  # the main process may claim it before another process looks
             return
         found = json.loads((self.folder / "run.json").read_text())
-        changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
+        keys = (identity.keys() | found.keys()) - ({"code"} if finished else set())
+        changed = sorted(key for key in keys if identity.get(key) != found.get(key))
         if not resume:
             raise RunError(f"{self.folder} holds an earlier run; add --resume to go on with it or remove it")
         if changed:
-            raise RunError(f"{self.folder} is a run with another {', '.join(changed)}; remove it to start anew")
+            raise RunError(
+                f"{self.folder} is a run with another {', '.join(changed)}; remove it to start anew"
+                + (", or go on with the sella and the libraries that began it" if changed == ["code"] else "")
+            )
 
     def claim(self, identity: dict[str, Any], *, resume: bool) -> None:
-        """Take the run folder for a `fit` of this identity (data, configuration, backbone).
+        """Take the run folder for a `fit` of this identity (data, configuration, backbone, code).
 
         Raises:
             RunError: it holds another run, or one that was not asked to resume.

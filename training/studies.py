@@ -15,11 +15,11 @@ from models.prompt_tree import TreeModel
 from models.template import PromptKind, Template
 from training.backbones import opened_before_the_run
 from training.config import TINY, Config
-from training.data.dataset import Dataset
+from training.data.dataset import DataError, Dataset, require_learnable
 from training.data.history import build_histories
 from training.examples import Examples, Targets
 from training.metrics import auc, paired_difference
-from training.pipeline import Prepared, fit, prepare
+from training.pipeline import Prepared, fit, prepare, run_identity
 from training.run import Run, read_tensors
 from training.stages.align import Collab, align
 from training.stages.project import Head, SlotForward, SlotTables, folded_users, initial_projections
@@ -34,8 +34,9 @@ def alignment_study(run: Run, dataset: Dataset, backbone: str, seeds: int) -> Va
     projection; "neither": stage 2 without InfoNCE, and a random projection. Stage 1 is trained once.
     """
     dataset = replace(dataset, splits={name: dataset.splits[name] for name in ("train", "valid")})
+    require_learnable(dataset)
     base = None if backbone == TINY else opened_before_the_run(run, backbone)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    run.claim(run_identity(run, dataset, backbone), resume=True)
     prepared = prepare(run, dataset, build_histories(dataset, run.config.ties), base)
     valid = prepared.examples.targets("valid", run.config.max_targets)
     reached: Variants = {"aligned, warm projection": [], "aligned": [], "neither": []}
@@ -59,7 +60,7 @@ class WindowResult:
 
     window: str
     tokens: dict[str, tuple[float, float]]  # prompt kind -> tokens a target packed, and one prompt a target
-    stages: dict[str, dict[str, float]]
+    stages: dict[str, dict[str, float | None]]
     logits_B: np.ndarray
 
 
@@ -127,6 +128,8 @@ def _collab(run: Run, prepared: Prepared, seed: int, *, alignment: float) -> Col
 def _step_zero(run: Run, prepared: Prepared, collab: Collab, valid: Targets, *, fresh: bool) -> float:
     trained_user, trained_item = collab.user_trained_U.numpy(), collab.item_trained_I.numpy()
     warm = valid.only(trained_user[valid.user_B] & trained_item[valid.item_B])
+    if not warm.groups:
+        raise DataError(f"{prepared.examples.dataset.file_of('valid')}: no row has a user and an item of train")
     rows = np.concatenate(warm.groups)
     projections = initial_projections(run, prepared.backbone, collab, fresh_collab=fresh)
     folded = {valid.split: folded_users(prepared.examples, valid, collab)}

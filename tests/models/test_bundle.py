@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -148,3 +149,22 @@ def test_what_a_killed_writer_left_is_cleared(bundle: Bundle, tmp_path: Path) ->
     (left / "half").write_text("half")
     write_bundle(tmp_path / "out", lambda files: bundle.manifest, lambda folder: None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "half").exists()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_every_file_of_a_bundle_has_the_mode_that_the_umask_leaves(
+    bundle: Bundle, tmp_path: Path, umask: int, mode: int
+) -> None:
+    """Some libraries write for the owner alone, and a server may be another user."""
+
+    def fill(folder: Path) -> None:
+        (folder / "part").mkdir(mode=0o700)
+        (folder / "part" / "weights").touch(mode=0o600)
+
+    before = os.umask(umask)
+    try:
+        write_bundle(tmp_path / "out", lambda files: bundle.manifest.model_copy(update={"files": files}), fill)
+    finally:
+        os.umask(before)
+    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert modes == {False: mode, True: 0o777 & ~umask}

@@ -71,8 +71,15 @@ def trained(data: Path, new_run: Callable[..., Run], tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="session")
-def bundle(trained: Trained) -> Bundle:
-    return Bundle.open(trained.bundle)
+def bundle(
+    trained: Trained, dataset: Dataset, new_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The same bundle as of the end of valid: its histories and counts hold no row of test."""
+    folder = tmp_path_factory.mktemp("before_test")
+    shutil.copytree(trained.folder, folder / "bundle.run")
+    (folder / "bundle.run" / "run.json").unlink()
+    fit(new_run(folder / "bundle.run"), dataset, TINY, folder / "bundle", resume=True)
+    return Bundle.open(folder / "bundle")
 
 
 @pytest.fixture(scope="session")

@@ -187,11 +187,13 @@ def test_ids_of_a_csv_are_text_and_integers_of_a_parquet_their_decimal_form(
     [
         ("pairs.csv", "user_id,item\nu,i\n", r"pairs\.csv: column 'item_id' is missing; found: user_id, item"),
         ("pairs.csv", "user_id,item_id\n", r"pairs\.csv: holds no pairs"),
-        ("pairs.csv", "", r"pairs\.csv: cannot be read: empty CSV"),
-        ("pairs.csv", "user_id,item_id\nu,i,j\n", r"pairs\.csv: cannot be read: found more fields"),
-        ("pairs.csv", "user_id,item_id\n,m01\n", r"pairs\.csv: column 'user_id', row 1: id None"),
+        ("pairs.csv", "", r"pairs\.csv: is empty; its first line names the columns"),
+        ("pairs.csv", "user_id,item_id\nu,i,j\n", r"pairs\.csv: row 1: 3 fields, but the header has 2; put"),
+        ("pairs.csv", "user_id,item_id\n,m01\n", r"pairs\.csv: column 'user_id', row 1: id '' has 0"),
         ("pairs.parquet", "no parquet", r"pairs\.parquet: cannot be read: "),
-        ("pairs.tsv", "user_id\titem_id\n", r"pairs\.tsv: give a file that ends in \.parquet or \.csv"),
+        ("pairs.tsv", "user_id\titem_id\n", r"pairs\.tsv: holds no pairs"),
+        ("pairs.txt", "user_id,item_id\n", r"pairs\.txt: give a file that ends in \.parquet, \.csv"),
+        ("pairs.csv", "user_id,item_id\n1.0,m01\n2.0,m01\n", r"pairs\.csv: column 'user_id': every id ends in \.0"),
     ],
 )
 def test_pairs_that_cannot_be_used_are_one_clear_line(

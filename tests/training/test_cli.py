@@ -69,6 +69,10 @@ def test_fit_refuses_a_run_folder_without_resume_and_one_of_another_run_with_it(
     common = ("fit", "--data", trained.data, "--out", out, "--config", config_file(tmp_path), *TINY)
     assert "add --resume" in refused(*common)
     assert "another configuration" in refused(*common, "--resume", "--seed", 5)
+    other = identity | {"code": identity["code"] | {"source": "0" * 64}}  # as an upgrade in the middle of the run
+    (tmp_path / "bundle.run" / "run.json").write_text(json.dumps(other))
+    assert "another code" in refused(*common, "--resume")
+    (tmp_path / "bundle.run" / "run.json").write_text(json.dumps(identity))
     assert "another backbone" in refused(*common, "--resume", "--backbone", "Qwen/Qwen2-0.5B")
     assert not out.exists()
 
@@ -92,6 +96,101 @@ def test_what_fit_cannot_use_is_one_line(
     flat = [str(part) for option in {**options, **changes}.items() for part in option]
     assert message in refused("fit", *flat)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("fit",), "Missing option '--data'"),
+        (("evaluate", "--nonsense"), "No such option: --nonsense"),
+        (("nonsense",), "No such command 'nonsense'"),
+        (("prepare", "films", "--out", "x", "--users", "many"), "'--users'"),
+        (("evaluate", "--bundle", "B", "--data", "D", "--device", "foo"), "--device foo: "),
+        (("score", "--bundle", "B", "--pairs", "P", "--out", "o.csv", "--device", "cuda:99"), "--device cuda:99: "),
+        (("precision", "--bundle", "B", "--data", "D", "--dtype", "bfloat16", "--device", "foo"), "--device foo: "),
+        (("evaluate", "--bundle", "B", "--data", "D", "--live", "--delay", "inf"), "--delay inf: give seconds"),
+        (
+            ("evaluate", "--bundle", "B", "--data", "D", "--positive-above", "nan"),
+            "--positive-above nan: give a number",
+        ),
+        (("evaluate", "--bundle", "B", "--data", "D", "--columns", "user=u"), "--columns user=u: "),
+        (("fit", "--data", "D", "--out", "o", "--seed", 2**40), "'--seed'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    trained: Trained, tmp_path: Path, command: tuple[object, ...], message: str
+) -> None:
+    places = {"B": trained.bundle, "D": trained.data, "P": tmp_path / "pairs.csv", "o.csv": tmp_path / "o.csv"}
+    (tmp_path / "pairs.csv").write_text("user_id,item_id\nu01,m01\n")
+    assert message in refused(*(places.get(str(one), one) for one in command))
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN"])
+def test_a_configuration_takes_no_number_that_is_not_finite(trained: Trained, tmp_path: Path, value: str) -> None:
+    (tmp_path / "c.json").write_text(f'{{"adapt": {{"schedule": {{"epochs": {value}}}}}}}')
+    line = refused("fit", "--data", trained.data, "--out", tmp_path / "b", "--config", tmp_path / "c.json", *TINY)
+    assert "adapt.schedule.epochs" in line
+
+
+@pytest.mark.parametrize(
+    ("size", "command"),
+    [
+        (1_000, "fit --data D --out b --config C --backbone tiny"),
+        (30_000, "fit --data D --out b --config C --backbone tiny"),
+        (200_000, "fit --data D --out b --config C --backbone tiny"),
+        (300, "score --bundle B --pairs P --out b.parquet"),
+        (300, "prepare synthetic --out b"),
+    ],
+)
+def test_a_disk_that_is_full_is_one_line(trained: Trained, tmp_path: Path, size: int, command: str) -> None:
+    """Files can have no more than `size` bytes: the write fails as on a disk without room."""
+    (tmp_path / "pairs.csv").write_text("user_id,item_id\n" + "u01,m01\n" * 50)
+    places = {"D": trained.data, "C": config_file(tmp_path), "B": trained.bundle, "P": tmp_path / "pairs.csv"}
+    places |= {name: tmp_path / name for name in ("b", "b.parquet")}
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); from training.cli import app; app()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(places.get(one, one)) for one in command.split())],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and "File too large" in line
+    assert not (tmp_path / "b" / "manifest.json").exists() and not (tmp_path / "b.parquet").exists()
+
+
+def test_one_class_is_refused_before_anything_is_trained(trained: Trained, tmp_path: Path) -> None:
+    data = tmp_path / "rated"
+    data.mkdir()
+    (data / "items.parquet").write_bytes((trained.data / "items.parquet").read_bytes())
+    for name in ("train", "valid"):
+        rows = pl.read_parquet(trained.data / f"{name}.parquet")
+        rows.select("user_id", "item_id", "timestamp", rating=1 + 4 * pl.col("label")).write_parquet(
+            data / f"{name}.parquet"
+        )
+    common = ("fit", "--data", data, "--out", tmp_path / "b", "--config", config_file(tmp_path), *TINY)
+    for above, counts in ((5, "0 of label 1, 800 of label 0"), (0, "800 of label 1, 0 of label 0")):
+        line = refused(*common, "--positive-above", above)
+        assert f"train.parquet: holds one label alone (800 rows, {counts})" in line
+        assert not (tmp_path / "b.run").exists()
+
+
+def test_a_bundle_is_trained_where_no_title_has_a_year_and_valid_is_small(trained: Trained, tmp_path: Path) -> None:
+    data = tmp_path / "small"
+    data.mkdir()
+    (data / "items.csv").write_text("item_id,title\na,The Sea\nb,The Wood\n")
+    header = "user_id,item_id,label,timestamp\n"
+    (data / "train.csv").write_text(header + "u,a,1,1500000000\nv,b,0,1500000001\n")
+    (data / "valid.csv").write_text(header + "u,b,0,1500000010\nv,a,1,1500000011\n")
+    result = sella_train("fit", "--data", data, "--out", tmp_path / "b", "--config", config_file(tmp_path), *TINY)
+    assert result.exit_code == 0, result.output
+    assert "valid.csv: 2 rows, 1 of label 1, are too few to fit the weights of score" in result.stdout
+    assert "histories and counts of the bundle hold all 4 rows of train, valid" in result.stdout
 
 
 def test_evaluate_prints_the_documented_json_and_nothing_else(trained: Trained) -> None:
@@ -252,7 +351,8 @@ def test_score_refuses_a_word_it_does_not_know(trained: Trained, tmp_path: Path)
     assert sella_train(*common, "--on-unknown", "skip").exit_code == 0
 
 
-def test_inspect_shows_what_a_bundle_holds(trained: Trained, bundle: Bundle) -> None:
+def test_inspect_shows_what_a_bundle_holds(trained: Trained) -> None:
+    bundle = Bundle.open(trained.bundle)
     shown = sella_train("inspect", trained.bundle).stdout
     assert f"bundle {bundle.id}" in shown and f"{bundle.manifest.dimensions.users} users, 80 items" in shown
     assert all(name in shown for name in bundle.manifest.files)

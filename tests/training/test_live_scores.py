@@ -106,6 +106,40 @@ async def test_with_an_empty_log_the_service_and_the_commands_use_the_outcomes_o
     assert max(moved[:20]) > 1e-3 and max(moved[-len(cold[:5]) :]) > 1e-3
 
 
+async def test_a_bundle_of_all_rows_serves_the_newest_of_them_with_an_empty_log(
+    trained: Trained, scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle that `fit` writes holds test too: it scores the rows after test as `evaluate --live` does."""
+    latest = Bundle.open(trained.bundle)
+    assert latest.manifest.metrics == trained.report
+    clock = Clock()
+    monkeypatch.setattr("service.scoring.time", clock)
+    whole = load_dataset(trained.data)
+    test = whole.splits["test"]
+    assert test["timestamp"].max() == latest.manifest.counted_until
+    spread = int(test["timestamp"].max()) - int(test["timestamp"].min())  # type: ignore[arg-type]
+    later = test.tail(60).with_columns(pl.col("timestamp") + spread + 1).sort("timestamp", maintain_order=True)
+    data = Dataset(whole.items, {**whole.splits, "test": pl.concat([test, later])})
+    known = known_live(scorer, data).rows(slice(test.height, None))
+    fusion = latest.fusion()
+
+    served_scorer = replace(scorer, tables=latest.tables())
+    engine = DirectEngine(PackedModel(latest, served_scorer.model, batch_tokens=2048))
+    service = collaborators(latest, engine, interactions=tmp_path / "log.sqlite", batch_tokens=2048)
+    await service.interactions.start()
+    async with client_of(service) as client:
+        served = await replayed(client, later, clock)
+    await service.interactions.close()
+    raw_B, score_B = np.array(served).T
+    logit_B = np.log(raw_B) - np.log1p(-raw_B)
+    np.testing.assert_allclose(raw_B, 1 / (1 + np.exp(-known.lm_K)), atol=5e-6)
+    np.testing.assert_allclose(score_B, scores_of(fusion, replace(known, lm_K=logit_B)), atol=1e-6)
+    assert known.cold_user_K.any() and not known.cold_user_K.all()
+    # The bundle as of the end of valid, with an empty log, does not know what its users liked in test.
+    users = [one for one in later["user_id"].unique() if scorer.tables.user(one) is None]
+    assert users and all(latest.tables().user(one) is not None for one in users)
+
+
 def known_live(scorer: Scorer, data: Dataset) -> Known:
     """Return the fusion's inputs for the test rows, as `evaluate --live` computes them."""
     outcomes = row_outcomes(data, "test", LIVE, scorer.tables)

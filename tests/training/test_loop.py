@@ -162,6 +162,27 @@ def test_the_best_parameters_are_kept_and_not_the_last(new_run: Runs, tmp_path: 
     assert torch.equal(toy.weight.detach(), at_step[2])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("evaluation", [0, 3])
+def test_weights_whose_scores_are_not_finite_are_no_best_but_stop_the_stage(
+    new_run: Runs, tmp_path: Path, bad: float, evaluation: int
+) -> None:
+    """The last step's weights are judged before a next loss could show it."""
+    toy = Toy(new_run(tmp_path), length=3, figures=[*[0.5] * evaluation, bad], epochs=1, evaluations_per_epoch=99)
+    with pytest.raises(TrainingError, match=rf"toy, step {evaluation}: the scores of valid are not finite"):
+        toy.train()
+    assert len(toy.loop.evaluations) == evaluation
+
+
+def test_without_an_auc_the_log_loss_chooses(new_run: Runs, tmp_path: Path) -> None:
+    toy = Toy(new_run(tmp_path), length=4, epochs=1, evaluations_per_epoch=99)
+    losses = iter([0.9, 0.5, 0.4, 0.6, 0.7])
+    toy.loop._evaluate = lambda: {"auc": None, "log_loss": next(losses)}
+    at_step: dict[int, Tensor] = {}
+    toy.train(lambda step: at_step.update({step: toy.weight.detach().clone()}))
+    assert toy.loop.best["weight"].equal(at_step[2])
+
+
 def test_the_start_may_be_the_best(new_run: Runs, tmp_path: Path) -> None:
     toy = Toy(new_run(tmp_path), figures=[0.9, *[0.1] * 99])
     toy.train()

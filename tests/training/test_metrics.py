@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from training.metrics import auc, evaluate_scores, mean_interval, paired_difference, uauc
+from training.metrics import auc, evaluate_scores, log_loss_difference, mean_interval, paired_difference, uauc
 
 # Ten steps: most draws hold ties, within a class and across the two.
 rows = st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.integers(0, 4)), min_size=1, max_size=60)
@@ -34,6 +35,34 @@ def test_auc_is_sklearns_with_ties_and_none_for_one_class(drawn: list[tuple[int,
         assert auc(scores_B, labels_B) is None
     else:
         assert auc(scores_B, labels_B) == pytest.approx(roc_auc_score(labels_B, scores_B), abs=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["one", "all"])
+def test_no_figure_is_told_of_scores_that_are_not_finite(bad: float, where: str) -> None:
+    """NaN has no place in an order: AUC was 1.0 or 0.0 by the order of the rows."""
+    scores_B, labels_B, users_B = many_users(6)
+    spoilt_B = np.full_like(scores_B, bad) if where == "all" else np.where(np.arange(len(scores_B)) == 7, bad, scores_B)
+    for order in (np.argsort(labels_B), np.argsort(-labels_B)):
+        spoilt, labels, users = spoilt_B[order], labels_B[order], users_B[order]
+        assert auc(spoilt, labels) is None and uauc(spoilt, labels, users) is None
+        measured = evaluate_scores(spoilt, labels, users, replicates=20)
+        assert all(one.value is one.low is one.high is None for one in measured.values())
+        differences = paired_difference(scores_B[order], spoilt, labels, users, replicates=20)
+        assert all(one.value is None for one in differences.values())
+        assert log_loss_difference(spoilt, scores_B[order], labels, users, replicates=20).value is None
+
+
+def test_the_bootstrap_of_many_users_never_holds_all_replicates_at_once() -> None:
+    users, replicates = 20_000, 400
+    scores_B, labels_B = np.random.default_rng(0).random(users), (np.arange(users) % 3 == 0).astype(np.float32)
+    tracemalloc.start()
+    try:
+        evaluate_scores(scores_B, labels_B, np.arange(users), replicates=replicates)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < replicates * users * 8 / 4
 
 
 def test_auc_of_nothing_is_none() -> None:

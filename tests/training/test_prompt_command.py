@@ -74,10 +74,10 @@ def test_the_plain_score_does_depend_on_the_printed_vectors(trained: Trained, sc
     assert abs(plain_score(trained.bundle, described) - described["raw_score"]) > 1e-4
 
 
-def test_a_printed_prompt_says_what_it_is_made_of(trained: Trained, bundle: Bundle, scorer: Scorer) -> None:
+def test_a_printed_prompt_says_what_it_is_made_of(bundle: Bundle, scorer: Scorer) -> None:
     items = scorer.tables.item_ids
     question = ("--user", scorer.tables.user_ids[0], "--item", items[0], "--history", ",".join(items[1:13]))
-    described = json.loads(sella_train("prompt", "--bundle", trained.bundle, *question, "--json").stdout)
+    described = json.loads(sella_train("prompt", "--bundle", bundle.folder, *question, "--json").stdout)
     assert described["bundle_id"] == bundle.id
     assert "slot_vectors" not in described
     history = described["history"]
@@ -87,7 +87,7 @@ def test_a_printed_prompt_says_what_it_is_made_of(trained: Trained, bundle: Bund
     assert shown == list(scorer.tables.titles[13 - history["used"] : 13])
     for slot in described["slots"]:
         assert slot["kind"] in described["text"]
-    readable = sella_train("prompt", "--bundle", trained.bundle, *question).stdout
+    readable = sella_train("prompt", "--bundle", bundle.folder, *question).stdout
     assert readable.endswith(described["text"] + "\n")
     assert " ".join(map(str, described["token_ids"])) in readable
     logit = sum(described["parts"].values())

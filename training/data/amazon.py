@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +17,14 @@ from training.data.folder import write_folder
 from training.data.raw import OpenRaw, open_raw, read_json_lines, require_files
 from training.data.report import Report, describe
 from training.data.split import SPLITS
+from training.data.tables import TEXT_SUFFIXES, csv_parts
 
 Halves = Literal["month", "rows"]
 
+# The names of a field: of the releases of 2014 and 2018, then of 2023. In 2023 the metadata have the parent's id alone.
+USER, RATING, TIME = ("reviewerID", "user_id"), ("overall", "rating"), ("unixReviewTime", "timestamp")
+ITEM = ("asin", "parent_asin")
+MILLISECONDS = 1e11  # a time above it, in seconds of the year 5138, is in milliseconds, as in 2023
 # In the metadata of 2018, some titles are a script of the page that was scraped; this word gives them away.
 SCRAPED_SCRIPT = "getTime"
 
@@ -43,8 +48,9 @@ def prepare_amazon(
     the year, 24 bytes are kept, of other years nothing, and each id and title once.
 
     Args:
-        reviews: objects with `reviewerID`, `asin`, `overall`, `unixReviewTime`; gzip or plain.
-        metadata: objects with `asin`, `title`; gzip or plain. Of several titles of an item the last counts.
+        reviews: objects with `reviewerID`, `asin`, `overall`, `unixReviewTime` (2014 and 2018), or with `user_id`,
+            `parent_asin`, `rating`, `timestamp` in milliseconds (2023); gzip or plain.
+        metadata: objects with `asin` or `parent_asin`, and `title`; gzip or plain. The last title of an item counts.
         out: the data folder to write.
         year: reviews of other years (UTC) are left out.
         min_interactions: users with this many reviews in the year or fewer are left out.
@@ -120,21 +126,35 @@ class _Log:
 def _read_reviews(path: Path, year: int, open_file: OpenRaw) -> _Log:
     begin, end = _seconds(year, 1, 1), _seconds(year + 1, 1, 1)
     log = _Log()
-    for row, review in read_json_lines(path, open_file):
+    for row, review in _records(path, open_file):
         log.read += 1
-        timestamp = _number(path, row, review, "unixReviewTime")
+        timestamp = _number(path, row, review, _name(path, row, review, TIME))
+        if timestamp > MILLISECONDS:
+            timestamp /= 1000
         if begin <= timestamp < end:
-            user_id = _id(path, row, review, "reviewerID")
-            item_id = _id(path, row, review, "asin")
-            log.append(user_id, item_id, _number(path, row, review, "overall"), int(timestamp))
+            user_id = _id(path, row, review, _name(path, row, review, USER))
+            item_id = _id(path, row, review, _name(path, row, review, ITEM))
+            rating = _number(path, row, review, _name(path, row, review, RATING))
+            log.append(user_id, item_id, rating, int(timestamp))
     return log
+
+
+def _records(path: Path, open_file: OpenRaw) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (row from 1, review) of JSON lines, or of the table of ratings alone that the release of 2023 has too."""
+    if not path.name.endswith(TEXT_SUFFIXES):
+        yield from read_json_lines(path, open_file)
+        return
+    names = [names[1] for names in (USER, ITEM, RATING, TIME)]
+    for first, part in csv_parts(path, names):
+        numbers = part.with_columns(pl.col(name).cast(pl.Float64, strict=False) for name in names[2:] if name in part)
+        yield from enumerate(numbers.iter_rows(named=True), first + 1)
 
 
 def _read_titles(path: Path, items: dict[str, int], open_file: OpenRaw) -> pl.DataFrame:
     """Return item code → title, for reviewed items that have one."""
     titles: dict[int, str] = {}
     for row, product in read_json_lines(path, open_file):
-        code = items.get(_id(path, row, product, "asin"))
+        code = items.get(_id(path, row, product, _name(path, row, product, ITEM)))
         title = product.get("title")
         if code is not None and isinstance(title, str) and title.strip() and SCRAPED_SCRIPT not in title:
             titles[code] = title
@@ -156,6 +176,17 @@ def _split_months(rows: pl.DataFrame, year: int, halves: Halves) -> dict[str, pl
 
 def _seconds(year: int, month: int, day: int) -> int:
     return int(datetime(year, month, day, tzinfo=UTC).timestamp())
+
+
+def _name(path: Path, row: int, record: Mapping[str, Any], names: tuple[str, str]) -> str:
+    """Return which of the names a record has; the newer one, if both."""
+    for name in reversed(names):
+        if name in record:
+            return name
+    found = ", ".join(list(record)[:8])
+    raise DataError(
+        f"{path.name}: row {row} has neither {' nor '.join(names)}; found: {found}; give reviews and metadata"
+    )
 
 
 def _id(path: Path, row: int, record: Mapping[str, Any], name: str) -> str:

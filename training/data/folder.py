@@ -34,5 +34,5 @@ def write_folder(out: Path, tables: Mapping[str, pl.DataFrame]) -> None:
             table.write_parquet(out / f".{name}.parquet.partial")
         for name in tables:
             (out / f".{name}.parquet.partial").replace(out / f"{name}.parquet")
-    except OSError as error:
+    except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{out}: cannot be written ({error}); make room or give another folder") from None

@@ -20,6 +20,7 @@ from training.data.folder import write_folder
 from training.data.movielens import prepare_movielens
 from training.data.raw import OpenRaw
 from training.data.report import Report, describe
+from training.data.split import SplitRule
 from training.data.synthetic import SyntheticConfig, draw_tables, planted_probability
 
 app = typer.Typer(name="prepare", help="Turn raw or made-up data into a data folder.", no_args_is_help=True)
@@ -31,12 +32,18 @@ FILMS = FilmsConfig()
 
 @app.command()
 def movielens(
-    raw: Annotated[Path, typer.Argument(help="Folder of ratings.dat and movies.dat of MovieLens-1M.")],
+    raw: Annotated[Path, typer.Argument(help="Folder of a release: 100K, 1M, 10M, 20M, 25M, 32M or latest.")],
     out: Out,
+    positive_above: Annotated[float | None, typer.Option(help="Positive are ratings above this; 3.5.")] = None,
+    split_by: Annotated[str | None, typer.Option(help='"0.8,0.1,0.1" (the default) or dates.')] = None,
 ) -> None:
-    """MovieLens-1M in the split of the paper (its months 14-23, 24-28, 29-33; positive from 4 stars)."""
+    """Any MovieLens release, cut by time; 1M, without these options, in the split of the paper.
+
+    That split is the months 14-23, 24-28 and 29-33 of the data set, positive from 4 stars.
+    """
     with _problems_in_one_line(), _watched() as open_file:
-        report = prepare_movielens(raw, out, open_file=open_file)
+        rule = None if split_by is None else SplitRule.parse(split_by)
+        report = prepare_movielens(raw, out, positive_above=positive_above, split=rule, open_file=open_file)
     _print_report(report, out)
 
 
@@ -185,3 +192,5 @@ def _print_report(report: Report, out: Path) -> None:
     console.print(table)
     for reason, rows in report.dropped.items():
         console.print(f"dropped {rows:,} rows: {reason}")
+    for note in report.notes:
+        console.print(note)

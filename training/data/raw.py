@@ -1,5 +1,6 @@
 """Raw files of published data sets, line by line: no file is ever in memory as a whole."""
 
+import ast
 import gzip
 import json
 import zlib
@@ -54,8 +55,23 @@ def read_lines(path: Path, encoding: str, open_file: OpenRaw = open_raw) -> Iter
         raise DataError(f"{path.name}: row {row + 1}: cannot be read ({error}); get the file again") from None
 
 
+def text_encoding(path: Path) -> str:
+    """Return "utf-8-sig" if a file's accents are UTF-8, else "latin-1": copies of old data sets circulate in both.
+
+    Latin-1 never fails, so it would read UTF-8 without a word; text in Latin-1 with accents is hardly ever UTF-8.
+    """
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "latin-1" if content.isascii() else "utf-8-sig"
+
+
 def read_json_lines(path: Path, open_file: OpenRaw = open_raw) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield (row from 1, object) of a JSON lines file, plain or gzip.
+    """Yield (row from 1, object) of a JSON lines file, plain or gzip; a line may be a Python literal instead.
+
+    The metadata of Amazon's release of 2014 are Python literals.
 
     Raises:
         DataError: the file cannot be read, or a line is not a JSON object.
@@ -64,7 +80,17 @@ def read_json_lines(path: Path, open_file: OpenRaw = open_raw) -> Iterator[tuple
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path.name}: row {row} is not JSON ({error}); give one object a line") from None
+            record = _literal(line)
+            if record is None:
+                raise DataError(f"{path.name}: row {row} is not JSON ({error}); give one object a line") from None
         if not isinstance(record, dict):
             raise DataError(f"{path.name}: row {row} is not a JSON object; give one object a line")
         yield row, record
+
+
+def _literal(line: str) -> Any:
+    """Return the dictionary that a line of Python writes, without running it; None if it is none."""
+    try:
+        return ast.literal_eval(line) if line.startswith("{'") else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None

@@ -23,15 +23,19 @@ class Report:
     Attributes:
         splits: by name; a split without rows was not written.
         items: size of the catalogue that was written.
+        notes: what else to know of the reading, one sentence each.
         dropped: reason → rows of the raw data left out for it, in the order in which the reasons apply.
     """
 
     splits: Mapping[str, SplitSize]
     items: int
     dropped: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
-def describe(tables: Mapping[str, pl.DataFrame], dropped: Mapping[str, int] | None = None) -> Report:
+def describe(
+    tables: Mapping[str, pl.DataFrame], dropped: Mapping[str, int] | None = None, notes: tuple[str, ...] = ()
+) -> Report:
     """Return the report on the tables of a folder: `items` and splits."""
     splits = {
         name: SplitSize(
@@ -43,4 +47,4 @@ def describe(tables: Mapping[str, pl.DataFrame], dropped: Mapping[str, int] | No
         for name, table in tables.items()
         if name != "items"
     }
-    return Report(splits, tables["items"].height, dict(dropped or {}))
+    return Report(splits, tables["items"].height, dict(dropped or {}), notes)

@@ -70,7 +70,7 @@ def adapt(run: Run, examples: Examples, source: str | Path, dtype: torch.dtype =
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.autocast):
             return model.logits(lay_out([pack for pack, _ in batch]).to(run.device))
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float | None]:
         model.decoder.eval()
         return figures(predict(run, examples, KIND, judged, forward), judged)
 

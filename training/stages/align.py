@@ -24,7 +24,7 @@ from models.projection import CollabProjection
 from training.config import AlignConfig
 from training.examples import Examples, Targets
 from training.loop import StageLoop, derived_seed
-from training.prediction import figures
+from training.prediction import figures, worth
 from training.run import Run, read_tensors, write_tensors
 from training.stages.influence import influence
 from training.stages.text_prior import items_under_text_prior, users_of_labels
@@ -86,7 +86,7 @@ def _train(run: Run, examples: Examples, semantic_ID: Tensor) -> tuple[dict[str,
     projection = CollabProjection(config.d_collab, config.d_hidden, semantic_ID.shape[1])
     delta_ID = nn.Parameter(torch.zeros_like(semantic_ID))
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float | None]:
         return figures(_predict(factors, seen_U, seen_I, valid), valid)
 
     def plan(rng: np.random.Generator) -> list[Tensor]:
@@ -204,9 +204,10 @@ def _in_turn(
             users_UC = users_of_labels(users_UC, items_IC, train, config)
         items_IC, text_map = items_under_text_prior(users_UC, items_IC, semantic_ID, train, config)
         of_valid_BC = np.where(seen_U[valid.user_B][:, None], users_UC[valid.user_B], users_UC[seen_U].mean(0))
-        area = figures((of_valid_BC * items_IC[valid.item_B]).sum(-1).astype(np.float64), valid)["auc"]
-        reached.append((area, users_UC, items_IC, text_map))
-        run.say(f"align: users and items in turn, {turn + 1} of {config.turns}: valid auc {area:.4f}")
+        found = figures((of_valid_BC * items_IC[valid.item_B]).sum(-1).astype(np.float64), valid)
+        reached.append((worth(found), users_UC, items_IC, text_map))
+        area = "undefined" if found["auc"] is None else f"{found['auc']:.4f}"
+        run.say(f"align: users and items in turn, {turn + 1} of {config.turns}: valid auc {area}")
     return max(reached, key=lambda one: one[0])[1:]
 
 

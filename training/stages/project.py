@@ -28,7 +28,7 @@ from models.prompt_tree import SlotVectors, TreeModel, lay_out
 from models.template import PromptKind
 from training.examples import Examples, Int32, Targets, answer_loss, forwards, rows_in, rows_of, shuffled_steps
 from training.loop import StageLoop, derived_seed
-from training.prediction import figures, predict
+from training.prediction import figures, predict, worth
 from training.run import Run
 from training.stages.align import Collab
 from training.stages.influence import Influence, influence
@@ -52,11 +52,14 @@ class SlotTables(nn.Module):
         self.register_buffer("item_trained_I", collab.item_trained_I)
         self.user_delta_UC = nn.Parameter(torch.zeros_like(collab.user_vectors_UC))
         self.item_delta_IC = nn.Parameter(torch.zeros_like(collab.item_vectors_IC))
-        self.semantic_delta_ID = nn.Parameter(collab.semantic_delta_ID.clone())
+        # Weight decay pulls the deltas to zero, so zero must be what stage 2 left.
+        self.register_buffer("aligned_ID", collab.semantic_delta_ID)
+        self.semantic_delta_ID = nn.Parameter(torch.zeros_like(collab.semantic_delta_ID))
 
     users_UC: Tensor
     items_IC: Tensor
     semantic_ID: Tensor
+    aligned_ID: Tensor  # what stage 2 taught the trained items' semantic vectors
     cold_items_IC: Tensor
     user_trained_U: Tensor
     item_trained_I: Tensor
@@ -82,7 +85,8 @@ class SlotTables(nn.Module):
             users, items = users - own_label.user_BC, items - own_label.item_BC
         users = torch.where(cold_user_K1, folded_KC, users)
         items = torch.where(cold_item_K1, self.cold_items_IC[items_K], items)
-        semantic = self.semantic_ID[items_K] + torch.where(cold_item_K1, 0.0, self.semantic_delta_ID[items_K])
+        learned = self.aligned_ID[items_K] + self.semantic_delta_ID[items_K]
+        semantic = self.semantic_ID[items_K] + torch.where(cold_item_K1, 0.0, learned)
         return SlotVectors(users, items, semantic)
 
     @torch.no_grad()
@@ -92,7 +96,7 @@ class SlotTables(nn.Module):
         return {
             "user_vectors": self.users_UC + self.user_delta_UC * self.user_trained_U[:, None],
             "item_vectors": torch.where(trained_I1, self.items_IC + self.item_delta_IC, self.cold_items_IC),
-            "semantic": self.semantic_ID + self.semantic_delta_ID * trained_I1,
+            "semantic": self.semantic_ID + (self.aligned_ID + self.semantic_delta_ID) * trained_I1,
         }
 
 
@@ -150,7 +154,7 @@ class Projected:
     tables: dict[str, Tensor]
     projections: Projections
     valid_logits_B: np.ndarray  # of the rows that choose checkpoints; 0 elsewhere
-    evaluations: list[dict[str, float]]
+    evaluations: list[dict[str, float | None]]
 
 
 def initial_projections(run: Run, backbone: Backbone, collab: Collab, *, fresh_collab: bool = False) -> Projections:
@@ -231,7 +235,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     head = initial_head(run, collab, train, own_label).to(run.device)
     forward = SlotForward(run, TreeModel(backbone), projections.to(run.device), tables, head, folded)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float | None]:
         return figures(forward.predict(examples, judged), judged)
 
     def plan(rng: np.random.Generator) -> list[tuple[list[Int32], Tensor]]:
@@ -261,7 +265,7 @@ def project(run: Run, examples: Examples, backbone: Backbone, collab: Collab, pr
     logits_B = forward.predict(examples, judged)
     if config.form == "correction":
         stage_2_B = collab_predictions(examples, collab, valid)
-        if figures(stage_2_B, judged)["auc"] > figures(logits_B, judged)["auc"]:
+        if worth(figures(stage_2_B, judged)) > worth(figures(logits_B, judged)):
             run.say("project: no checkpoint is better than stage 2 on valid, whose prediction stays")
             logits_B = stage_2_B
     final = {name: tensor.cpu() for name, tensor in tables.final().items()}

@@ -175,3 +175,65 @@ def test_missing_metadata_is_told_before_the_reviews_are_read(raw: Raw) -> None:
     raw.reviews.write_bytes(b"not JSON")
     with pytest.raises(DataError, match=r"meta\.json: no such file"):
         prepare_amazon(raw.reviews, raw.metadata, raw.out)
+
+
+def test_the_release_of_2023_has_other_names_and_milliseconds(raw: Raw) -> None:
+    def rating(user: str, item: str, date: str, stars: float) -> dict[str, Any]:
+        return {
+            "rating": stars,
+            "title": "The title of a review, not of the product",
+            "asin": "B0-A-VARIANT",
+            "parent_asin": item,
+            "user_id": user,
+            "timestamp": day(date) * 1000 + 417,
+            "helpful_vote": 0,
+            "verified_purchase": True,
+        }
+
+    raw.products = [
+        {"main_category": "Books", "title": title, "parent_asin": item, "average_rating": 4.5}
+        for item, title in TITLES.items()
+    ]
+    ratings = [
+        rating("u", "0001", "2017-03-01", 5.0),
+        rating("v", "0002", "2017-12-02", 4.0),
+        rating("u", "0003", "2017-12-20", 5.0),
+        rating("u", "0003", "2023-01-01", 5.0),
+    ]
+    assert raw.prepare(ratings)["review outside of 2017"] == 1
+    assert raw.rows("train") == [("u", "0001", 1, day("2017-03-01"))]
+    assert raw.rows("valid") == [("v", "0002", 0, day("2017-12-02"))]
+    assert raw.rows("test") == [("u", "0003", 1, day("2017-12-20"))]
+    assert pl.read_parquet(raw.out / "items.parquet").rows() == sorted(TITLES.items())
+
+
+def test_the_table_of_ratings_alone_of_2023_is_read(raw: Raw, tmp_path: Path) -> None:
+    raw.write([])
+    reviews = tmp_path / "Books.csv.gz"
+    rows = f"u,0001,5.0,{day('2017-03-01') * 1000}\nv,0002,2.0,{day('2017-12-02') * 1000}\n"
+    reviews.write_bytes(gzip.compress(f"user_id,parent_asin,rating,timestamp\n{rows}".encode()))
+    prepare_amazon(reviews, raw.metadata, raw.out, min_interactions=0)
+    assert raw.rows("train") == [("u", "0001", 1, day("2017-03-01"))]
+    assert raw.rows("valid") == [("v", "0002", 0, day("2017-12-02"))]
+    reviews.write_bytes(gzip.compress(f"user_id,parent_asin,rating,timestamp\n{rows}w,0002,,x\n".encode()))
+    with pytest.raises(DataError, match=r"Books\.csv\.gz: column 'timestamp', row 3: None is no number"):
+        prepare_amazon(reviews, raw.metadata, raw.out, min_interactions=0)
+
+
+def test_the_metadata_of_2014_are_python_literals_and_are_not_run(raw: Raw) -> None:
+    raw.write([review("u", item, "2017-03-01") for item in ("0001", "0002")])
+    raw.metadata.write_text("{'asin': '0001', 'title': \"One's\", 'price': 3.5}\n{'asin': '0002', 'title': 'Two'}\n")
+    prepare_amazon(raw.reviews, raw.metadata, raw.out, min_interactions=0)
+    assert pl.read_parquet(raw.out / "items.parquet").rows() == [("0001", "One's"), ("0002", "Two")]
+    raw.metadata.write_text("{'asin': __import__('os').getcwd(), 'title': 'Two'}\n")
+    with pytest.raises(DataError, match=r"meta\.json: row 1 is not JSON"):
+        prepare_amazon(raw.reviews, raw.metadata, raw.out, min_interactions=0)
+
+
+def test_a_file_of_another_kind_is_told_with_what_it_holds(raw: Raw) -> None:
+    with pytest.raises(DataError) as raised:
+        raw.prepare([{"asin": "0001", "stars": 5, "timestamp": day("2017-03-01")}])
+    assert str(raised.value) == (
+        "Books_5.json.gz: row 1 has neither reviewerID nor user_id; found: asin, stars, timestamp; give reviews and"
+        " metadata"
+    )

@@ -70,6 +70,47 @@ def test_what_is_no_id_is_refused(values: list[object], message: str) -> None:
     assert str(raised.value).startswith(message)
 
 
+@pytest.mark.parametrize("ids", [["123.0"], ["7.0", "8.0", "-1.00"]])
+def test_ids_that_a_program_wrote_as_floats_are_refused(ids: list[str]) -> None:
+    """Clients send 123: served, every such item would be unknown."""
+    with pytest.raises(DataError) as raised:
+        parse_ids(table(i=ids), "i")
+    assert str(raised.value) == (
+        f"t.csv: column 'i': every id ends in .0, as in '{ids[0]}': a program wrote integers as floats; write them as"
+        " integers"
+    )
+
+
+@pytest.mark.parametrize("ids", [["1.0", "beta"], ["1.0", "1.1"], ["v1.0"], [".0"]])
+def test_ids_with_a_point_that_are_no_floats_stay(ids: list[str]) -> None:
+    assert parse_ids(table(i=ids), "i").to_list() == ids
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["20171130", "20171201"],
+        [20171130, 20171201],
+        [20171130.0],
+        ["2017", "2018"],
+        [2017, 1999],
+        ["201711", "201712"],
+        [201711301200],
+        ["20171130120000"],
+        ["2017-11-30", "20171201"],
+        ["20171201", "1512043200"],
+    ],
+)
+def test_dates_written_as_one_number_are_no_seconds_of_1970(values: list[object]) -> None:
+    with pytest.raises(DataError, match=r"t\.csv: column 't', row \d: .* reads as a date, not as seconds since 1970"):
+        parse_timestamps(table(t=values), "t")
+
+
+@pytest.mark.parametrize("values", [[10, 20171130, 20], [1, 2, 3], [17500, 17501], [20171340], [2101], [1512043200]])
+def test_seconds_stay_seconds(values: list[int]) -> None:
+    assert parse_timestamps(table(t=values), "t").to_list() == values
+
+
 def test_titles_end_up_on_one_line_and_keep_their_characters() -> None:
     raw = ["  A\t\tB\r\nC ", 'He said "no", twice', "東京\u00a0物語", "a\x00\x1fb\x85c\u2028d", "<unk> é"]
     titles = parse_titles(table(title=raw), "title").to_list()

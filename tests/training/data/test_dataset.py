@@ -5,8 +5,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from training.data.dataset import DataError, load_dataset
+from training.data.dataset import DataError, load_dataset, require_learnable
 from training.data.split import SplitRule
+from training.data.tables import parse_columns
 
 DataFolder = Callable[..., Path]
 HEADER = "user_id,item_id,label,timestamp\n"
@@ -187,3 +188,108 @@ def test_options_that_do_not_apply_are_refused_rather_than_ignored(data_folder: 
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none").endswith(": no such folder; give a folder that holds items and interactions")
+
+
+def rows_of(*rows: tuple[str, str, int, int]) -> str:
+    return HEADER + "".join(",".join(map(str, row)) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"train_csv": rows_of(("u", "A", 1, 10), ("v", "B", 1, 11))},
+            "train.csv: holds one label alone (2 rows, 2 of label 1, 0 of label 0); give rows of both labels, or"
+            " another --positive-above or --split-by",
+        ),
+        (
+            {"valid_csv": rows_of(("u", "A", 0, 30), ("v", "B", 0, 31), ("v", "C", 0, 32))},
+            "valid.csv: holds one label alone (3 rows, 0 of label 1, 3 of label 0); give rows of both labels, or"
+            " another --positive-above or --split-by",
+        ),
+        (
+            {"train_csv": rows_of(("u", "A", 1, 10), ("u", "B", 0, 11))},
+            "train.csv: holds 2 rows of 1 of the users; training needs at least 2 users, and hundreds to learn"
+            " something: add rows of other users",
+        ),
+        (
+            {"train_csv": rows_of(("u", "A", 1, 10), ("v", "A", 0, 11))},
+            "train.csv: holds 2 rows of 1 of the items; training needs at least 2 items, and hundreds to learn"
+            " something: add rows of other items",
+        ),
+        (
+            {
+                "train_csv": None,
+                "valid_csv": None,
+                "interactions_csv": rows_of(*(("u", "A", int(second < 8), second) for second in range(10))),
+            },
+            "interactions.csv, split train: holds one label alone (8 rows, 8 of label 1, 0 of label 0); give rows of"
+            " both labels, or another --positive-above or --split-by",
+        ),
+    ],
+)
+def test_data_from_which_nothing_can_be_learned_is_refused(
+    data_folder: DataFolder, files: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError) as raised:
+        require_learnable(load_dataset(data_folder(**files)))
+    assert str(raised.value) == message
+
+
+def test_the_least_data_from_which_something_can_be_learned_is_accepted(data_folder: DataFolder) -> None:
+    dataset = load_dataset(data_folder())
+    require_learnable(dataset)
+    assert dataset.warnings == ()
+
+
+def test_times_that_are_likely_a_mistake_are_told(data_folder: DataFolder) -> None:
+    days = load_dataset(
+        data_folder(train_csv=HEADER + "u,A,1,17500\nv,B,0,17501\n", valid_csv=HEADER + "u,C,1,17600\n")
+    )
+    assert days.warnings == tuple(
+        f"{name}.csv: every timestamp lies in 1970; check that they are seconds since 1970"
+        for name in ("train", "valid")
+    )
+    swapped = load_dataset(
+        data_folder(valid_csv=HEADER + "u,C,1,5\nw,A,0,15\nw,B,0,30\n", test_csv=HEADER + "u,C,1,40\n")
+    )
+    assert swapped.warnings == (
+        "valid.csv: 2 of 3 rows of valid are older than the newest row of train; figures on them look back from the"
+        " future",
+    )
+
+
+def test_columns_of_other_names_are_read_in_every_table_that_has_them(data_folder: DataFolder) -> None:
+    folder = data_folder(
+        items_csv="movieId,name\nA,Alpha\nB,Beta\n",
+        train_csv="userId,movieId,stars,when\nu,A,5,1\nv,B,1,2\n",
+        valid_csv="user_id,item_id,rating,timestamp\nu,B,2,3\n",
+    )
+    columns = parse_columns("user_id=userId, item_id=movieId,title=name,rating=stars,timestamp=when")
+    dataset = load_dataset(folder, columns=columns, positive_above=3)
+    assert dataset.splits["train"].rows() == [("u", "A", 1, 1, 1), ("v", "B", 0, 2, 1)]
+    assert dataset.splits["valid"].rows() == [("u", "B", 0, 3, 1)]
+    assert dataset.items.rows() == [("A", "Alpha"), ("B", "Beta")]
+    assert refusal(folder, columns={"item_id": "sku"}) == (
+        "items.csv: column 'sku' (for 'item_id') is missing; found: movieId, name"
+    )
+
+
+@pytest.mark.parametrize("text", ["user=userId", "user_id", "user_id=", "user_id=a,user_id=b"])
+def test_a_mapping_of_columns_that_cannot_be_used_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"^--columns "):
+        parse_columns(text)
+
+
+def test_missing_items_are_counted_and_raw_data_names_its_command(data_folder: DataFolder) -> None:
+    rows = rows_of(("u", "A", 1, 1), ("u", "X", 1, 2), ("v", "X", 0, 3), ("v", "Y", 0, 4))
+    assert refusal(data_folder(train_csv=rows)) == (
+        "train.csv: column 'item_id', row 2: 'X' is not in items.csv; add the item there or drop the row; 2 items are"
+        " not there (3 rows have this problem)"
+    )
+    raw = data_folder(items_csv=None, train_csv=None, valid_csv=None, ratings_csv="userId,movieId,rating,timestamp\n")
+    for left in ("items.csv", "train.csv", "valid.csv"):
+        (raw / left).unlink(missing_ok=True)
+    assert refusal(raw).endswith(
+        "found: ratings.csv; ratings.csv is raw MovieLens data: sella-train prepare movielens DIR --out DIR"
+    )

@@ -1,4 +1,6 @@
 import csv
+import gzip
+import io
 import tempfile
 from pathlib import Path
 
@@ -131,3 +133,31 @@ def test_reject_names_the_first_row_and_how_many_share_it() -> None:
     with pytest.raises(DataError) as two:
         table.reject("label", pl.Series([False, True, None]), "is bad", "mend it")
     assert str(two.value) == "train.csv: column 'label', row 2: '2' is bad; mend it (2 rows have this problem)"
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".tsv", ".tsv.gz"])
+def test_any_usual_delimiter_is_read_plain_or_gzip(tmp_path: Path, delimiter: str, suffix: str) -> None:
+    rows = [("A", "All; of | this,\tquoted"), ("B", 'He said "no"\ntwice')]
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows([("item_id", "title"), *rows])
+    path = tmp_path / f"items{suffix}"
+    content = ("\ufeff" + text.getvalue()).encode()
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    assert find_table(tmp_path, "items") == path
+    assert read_table(path, ["item_id", "title"]).frame.rows() == rows
+
+
+def test_the_delimiter_is_the_one_that_gives_the_wanted_columns(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text("item_id;title;a,b,c,d\nA;Alpha;x\n")
+    assert read_table(path, ["item_id", "title"]).frame.rows() == [("A", "Alpha")]
+
+
+def test_a_damaged_gzip_file_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv.gz"
+    whole = gzip.compress(b"item_id,title\n" + b"A,Alpha\n" * 9999)
+    for content in (whole[:-30], b"item_id,title\nA,Alpha\n", whole[:40] + bytes(60) + whole[100:]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"items\.csv\.gz: "):
+            read_table(path, ["item_id", "title"])
