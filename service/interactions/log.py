@@ -128,7 +128,7 @@ class EventLog:
         deletions = list(deletions)
         # First in memory, which needs no file.
         self._deleted |= {user: when for user, when in deletions if self._deleted.get(user, float("-inf")) < when}
-        heard_before, self.deletions_known = self.deletions_known, True
+        self.deletions_known = True  # `sweep` writes it down
         known = self._read(lambda ledger: ledger.deletions())
         asked = [(user, when) for user, when in deletions if known.get(user, float("-inf")) < when]
 
@@ -142,9 +142,9 @@ class EventLog:
             ledger.know_deletions()
             return news
 
-        if not asked and heard_before:
+        if not asked:
             return ()
-        forgotten = await self._write(work, erases=bool(asked))
+        forgotten = await self._write(work, erases=True)
         self._deleted.update(forgotten)
         return tuple(forgotten)
 
@@ -157,6 +157,8 @@ class EventLog:
         def work(ledger: Ledger) -> tuple[Resolved, ...]:
             if not self._writer.health.ready:
                 ledger.probe()
+            if self.deletions_known and not ledger.deletions_known():
+                ledger.know_deletions()
             now = self._clock.steady()
             # Of two clocks the earlier one: one that was set ahead must not empty the log.
             ledger.prune(min(now, self._clock.wall()) - self._limits.retention_s, AT_ONCE)
