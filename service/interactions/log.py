@@ -135,8 +135,7 @@ class EventLog:
         deletions = list(deletions)
         # First in memory, which needs no file.
         self._deleted |= {user: when for user, when in deletions if self._deleted.get(user, float("-inf")) < when}
-        heard_before = self.deletions_known
-        self.deletions_known = heard_before or all_told
+        self.deletions_known = self.deletions_known or all_told  # `sweep` writes it down
 
         def unknown(ledger: Ledger, some: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
             told = [(user, when, ledger.deleted_at(user)) for user, when in some]
@@ -150,13 +149,11 @@ class EventLog:
                 if unknown(ledger, [(user_id, when)]):
                     news[user_id] = max(when, ledger.newest_timestamp(user_id, received_by=when) or when)
                     ledger.delete(user_id, news[user_id], self._clock.steady())
-            if all_told:
-                ledger.know_deletions()
             return news
 
-        if not asked and heard_before == self.deletions_known:
+        if not asked:
             return ()
-        forgotten = await self._write(work, erases=bool(asked))
+        forgotten = await self._write(work, erases=True)
         self._deleted.update(forgotten)
         return tuple(forgotten)
 
@@ -169,6 +166,8 @@ class EventLog:
         def work(ledger: Ledger) -> tuple[bool, list[Resolved]]:
             if not self._writer.health.ready:
                 ledger.probe()
+            if self.deletions_known and not ledger.deletions_known():
+                ledger.know_deletions()
             now = self._clock.steady()
             # Of two clocks the earlier one: one that was set ahead must not empty the log.
             old = min(now, self._clock.wall()) - self._limits.retention_s
