@@ -29,7 +29,7 @@ Body = TypeVar("Body", bound=RequestBody)
 INLINE_BYTES = 4096
 # Long bodies that may wait to be parsed. More than one at a time would be no faster: Python's lock is held.
 MOST_WAITING = 256
-MAX_DIGITS = 400  # no id and no number that a route takes is longer
+MAX_DIGITS = 1000  # no id and no number that a route takes is longer
 _QUOTE, _COMMA, _LIST, _OBJECT = b'",[{'
 
 

@@ -96,6 +96,7 @@ def fit(
     identity = run_identity(run, whole, backbone)
     run.check(identity, resume=resume, finished=out.exists())
     if out.exists():
+        _say_what_items_are_called(run)
         return dict(verify(out).metrics)
     base = None if backbone == TINY else opened_before_the_run(run, backbone)
     run.claim(identity, resume=resume)

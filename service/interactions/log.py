@@ -135,7 +135,10 @@ class EventLog:
         deletions = list(deletions)
         # First in memory, which needs no file.
         self._deleted |= {user: when for user, when in deletions if self._deleted.get(user, float("-inf")) < when}
-        self.deletions_known = self.deletions_known or all_told  # `sweep` writes it down
+        known_before = self.deletions_known
+        self.deletions_known = (
+            known_before or all_told
+        )  # if the log cannot be written now, `sweep` writes it down later
 
         def unknown(ledger: Ledger, some: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
             told = [(user, when, ledger.deleted_at(user)) for user, when in some]
@@ -149,11 +152,13 @@ class EventLog:
                 if unknown(ledger, [(user_id, when)]):
                     news[user_id] = max(when, ledger.newest_timestamp(user_id, received_by=when) or when)
                     ledger.delete(user_id, news[user_id], self._clock.steady())
+            if self.deletions_known:
+                ledger.know_deletions()
             return news
 
-        if not asked:
+        if not asked and known_before == self.deletions_known:
             return ()
-        forgotten = await self._write(work, erases=True)
+        forgotten = await self._write(work, erases=bool(asked))
         self._deleted.update(forgotten)
         return tuple(forgotten)
 

@@ -18,6 +18,7 @@ from loadtests.scrape import Histogram, Scrape
 from loadtests.sender import Sender
 from loadtests.server import Server, ServerError, pinned, require_loopback, serve
 from loadtests.workload import Catalogue, Mix, Workload
+from models.fusion import probabilities
 from models.loading import Bundle
 from service.metrics.registry import Metrics
 
@@ -50,8 +51,8 @@ def test_the_engine_alone_scores_what_the_service_scores(server: Server, bundle:
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{server.url}/rank", content=ask.body, headers=headers, timeout=60).json()
     engine = EngineAlone(bundle.folder)
-    [scores] = engine.score([engine.group(ask)], max_tokens=2048)
-    assert sorted(scores.tolist(), reverse=True) == pytest.approx(
+    [logits] = engine.score([engine.group(ask)], max_tokens=2048)
+    assert sorted(probabilities(logits).tolist(), reverse=True) == pytest.approx(
         sorted((one["raw_score"] for one in answer["results"]), reverse=True), abs=1e-5
     )
 

@@ -285,7 +285,7 @@ def test_missing_items_are_counted_and_raw_data_names_its_command(data_folder: D
     rows = rows_of(("u", "A", 1, 1), ("u", "X", 1, 2), ("v", "X", 0, 3), ("v", "Y", 0, 4))
     assert refusal(data_folder(train_csv=rows)) == (
         "train.csv: column 'item_id', row 2: 'X' is not in items.csv; add the item there or drop the row; 2 items are"
-        " not there (3 rows have this problem)"
+        " missing (3 rows have this problem)"
     )
     raw = data_folder(items_csv=None, train_csv=None, valid_csv=None, ratings_csv="userId,movieId,rating,timestamp\n")
     for left in ("items.csv", "train.csv", "valid.csv"):
