@@ -96,12 +96,13 @@ class PatientHandler(logging.Handler):
         """Take a record; it is written within milliseconds. Handlers are called by one thread at a time."""
         try:
             line = f"{self.format(record)}\n"
+            if self._file is None:
+                self._stream.write(line)
+                return
         except Exception:
             self.handleError(record)
             return
-        if self._file is None:
-            self._stream.write(line)
-        elif self._taken - self._written >= WAITING_LINES:
+        if self._taken - self._written >= WAITING_LINES:
             self._dropped += 1
         else:
             self._taken += 1

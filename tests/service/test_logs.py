@@ -60,7 +60,8 @@ async def test_no_route_writes_a_user_or_a_title(
             for method in methods:
                 for body in (rank, score, {"interactions": [event]}, {**rank, TITLE: USER}, {"user_id": [USER, TITLE]}):
                     url = path.replace("{user_id}", USER)
-                    await client.request(method, url, json=body, params={"user": USER})
+                    for params in ({}, {"user": USER}):
+                        await client.request(method, url, json=body, params=params)
         for error in odd:
             echo.error = error
             assert (await client.post("/rank", json=rank)).status_code == 503
