@@ -2,6 +2,8 @@
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # A full collection that takes longer has met the tables of a bundle. Without them it takes some milliseconds.
@@ -18,6 +20,17 @@ def freeze_tables() -> None:
     gc.freeze()
     if _freeze_after_long not in gc.callbacks:
         gc.callbacks.append(_freeze_after_long)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Load something large without any collection, and freeze it at the end."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 _began = 0.0

@@ -15,12 +15,11 @@ from models.features import HistoryItem, ItemFeatures
 from models.template import Template, window_start
 from models.titles import TitleError, clean_title
 from service.answers import HistorySource, Skipped, SkipReason
-from service.errors import DuplicateCandidateError, LimitError, TitleRefusedError, UnknownItemError
+from service.errors import DuplicateCandidateError, TitleRefusedError, UnknownItemError
 from service.features.protocol import Features, Query
 from service.interactions.histories import IsKnown, MergedUser, everything_known
 from service.interactions.live import LiveUser
 from service.schemas import ItemRef, OnUnknown, RankRequest, ScoreRequest
-from service.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +67,13 @@ class Resolved:
     candidates: tuple[PromptItem | None, ...]  # None: skipped
 
 
-def questions_of_rank(request: RankRequest, settings: Settings) -> list[Question]:
+def questions_of_rank(request: RankRequest) -> list[Question]:
     """Return a /rank request's one question.
 
     Raises:
-        LimitError: a list or a title is over its limit.
-        RequestError: a title is none, and `on_unknown` is "error".
+        TitleRefusedError: a title is none, and `on_unknown` is "error".
         DuplicateCandidateError: a candidate stands twice.
     """
-    _check_length("candidates", len(request.candidates), settings.max_candidates)
     first: dict[str, int] = {}
     for index, one in enumerate(request.candidates):
         if (before := first.setdefault(one.item_id, index)) != index:
@@ -84,20 +81,18 @@ def questions_of_rank(request: RankRequest, settings: Settings) -> list[Question
                 f"candidate {one.item_id[:40]!r} stands at {before} and at {index}; send it once",
                 f"candidates[{index}]",
             )
-    asking = _Asking(settings, request.on_unknown)
+    asking = _Asking(request.on_unknown)
     history = asking.history("history", request.history)
     return [Question(request.user_id, history, asking.items("candidates", request.candidates))]
 
 
-def questions_of_score(request: ScoreRequest, settings: Settings) -> tuple[list[Question], list[tuple[int, int]]]:
+def questions_of_score(request: ScoreRequest) -> tuple[list[Question], list[tuple[int, int]]]:
     """Return a /score request's questions, and for each pair its (question, candidate) place.
 
     Raises:
-        LimitError: a list or a title is over its limit.
-        RequestError: a title is none, and `on_unknown` is "error".
+        TitleRefusedError: a title is none, and `on_unknown` is "error".
     """
-    _check_length("pairs", len(request.pairs), settings.max_pairs)
-    asking = _Asking(settings, request.on_unknown)
+    asking = _Asking(request.on_unknown)
     # A history is told apart by its items, not by where it stood.
     numbers: dict[tuple[str, tuple[tuple[str, str | None], ...] | None], int] = {}
     heads: list[tuple[str, tuple[Asked, ...] | None]] = []
@@ -236,16 +231,12 @@ def _window(history: Sequence[Asked], template: Template) -> Sequence[Asked]:
 
 @dataclass(frozen=True, slots=True)
 class _Asking:
-    """Reads a request's items under the limits of the settings."""
+    """Reads a request's items, whose titles may be refused."""
 
-    settings: Settings
     on_unknown: OnUnknown
 
     def history(self, field: str, items: Sequence[ItemRef] | None) -> tuple[Asked, ...] | None:
-        if items is None:
-            return None
-        _check_length(field, len(items), self.settings.max_history)
-        return self.items(field, items)
+        return None if items is None else self.items(field, items)
 
     def items(self, field: str, items: Sequence[ItemRef]) -> tuple[Asked, ...]:
         return tuple(self.item(f"{field}[{index}]", one.item_id, one.title) for index, one in enumerate(items))
@@ -254,7 +245,7 @@ class _Asking:
         if title is None:
             return Asked(item_id, None, field)
         try:
-            cleaned = read_title(f"{field}.title", title, self.settings)
+            cleaned = read_title(f"{field}.title", title)
         except TitleRefusedError:
             if self.on_unknown == "error":
                 raise
@@ -262,21 +253,13 @@ class _Asking:
         return Asked(item_id, cleaned, field, cleaned=cleaned != title)
 
 
-def read_title(field: str, title: str, settings: Settings) -> str:
+def read_title(field: str, title: str) -> str:
     """Return the form of a title that stands in a prompt.
 
     Raises:
-        LimitError: it is too long.
         TitleRefusedError: it is none.
     """
-    if len(title) > settings.max_title:
-        raise LimitError(f"a title of {len(title)} characters; send at most {settings.max_title}", field)
     try:
         return clean_title(title)
     except TitleError as error:
         raise TitleRefusedError(str(error), field) from error
-
-
-def _check_length(field: str, length: int, limit: int) -> None:
-    if length > limit:
-        raise LimitError(f"{length} entries; send at most {limit}", field)

@@ -1,10 +1,8 @@
 """A change of bundles: verify, check memory, load beside the old, switch between requests, drain, free."""
 
 import asyncio
-import gc
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +20,7 @@ from service.bundles.hashing import hashes_of
 from service.bundles.loaded import LoadedModels
 from service.bundles.memory import check_memory
 from service.bundles.registry import Bundles, Role
+from service.collector import no_collections
 from service.engines.protocol import EngineError, JobFailedError
 from service.errors import BundleRefusedError, ChangeRunningError, RequestError
 from service.features.choice import Stores
@@ -196,7 +195,7 @@ class BundleChanges:
         usages = [model.engine.usage() for model in self._models]
         await asyncio.to_thread(check_memory, bundle.manifest, self._settings, usages, shared=shared)
         self._step(step="opening tables and tokenizer")
-        with _no_collections():
+        with no_collections():
             parts = await asyncio.to_thread(open_parts, bundle)
         self._step(step="counting interactions")
         try:
@@ -277,20 +276,6 @@ class BundleChanges:
     def _step(self, **changed: str) -> None:
         assert self.last is not None
         self.last = replace(self.last, **changed)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Keep the garbage collector from looking through a million ids and titles, which stops the event loop for 0.6 s.
-
-    They are never part of a circle, so they are freed with the last reference, frozen or not.
-    """
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        gc.enable()
 
 
 def _refused(error: Exception) -> BundleRefusedError:

@@ -3,7 +3,6 @@
 It ends when its pipe does, whatever it is doing, so that it never outlives the process that started it.
 """
 
-import gc
 import os
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Protocol
 from models.features import Floats
 from models.packs import ScoringGroup
 from models.segments import Segment
+from service.collector import freeze_tables
 from service.engines.protocol import (
     BundlePlace,
     DistilJob,
@@ -163,9 +163,7 @@ def serve(connection: Connection, model: WorkerModel, inbox: "Inbox") -> None:
     """Carry out orders one after the other until the pipe ends. No other thread changes what the model serves."""
     model.begin()
     attaching: dict[str, BundlePlace] = {}
-    # What the model is made of is never garbage, and looking through all of it would stop the batches.
-    gc.collect()
-    gc.freeze()
+    freeze_tables()
     outbox = _Outbox(connection)
     outbox.send(Ready(model.usage()))
     while True:

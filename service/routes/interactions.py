@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.answers import ErrorResponse, InteractionsResponse
 from service.collaborators import Collaborators, collaborators_of
-from service.errors import ConflictError, LimitError, RequestError
+from service.errors import ConflictError, RequestError
 from service.intake import JsonRoute
 from service.interactions.event import Interaction
 from service.interactions.log import EventConflictError
@@ -54,9 +54,6 @@ async def take_interactions(body: InteractionsRequest, request: Request) -> Resp
 
 
 def _check(batch: Sequence[InteractionEvent], service: Collaborators) -> None:
-    limit = service.settings.max_interactions
-    if len(batch) > limit:
-        raise LimitError(f"{len(batch)} entries; send at most {limit}", "interactions")
     now = service.interactions.clock.wall()
     for index, one in enumerate(batch):
         field = f"interactions[{index}].timestamp"

@@ -3,7 +3,6 @@
 from fastapi import APIRouter, Request, Response
 
 from service.answers import RankedItem, RankResponse
-from service.collaborators import collaborators_of
 from service.intake import JsonRoute
 from service.quality.served import ServedScore
 from service.questions import questions_of_rank
@@ -17,7 +16,7 @@ router = APIRouter(route_class=JsonRoute, tags=["scoring"])
 @router.post("/rank", response_model=RankResponse, responses=ERRORS)
 async def rank_candidates(body: RankRequest, request: Request, timeout_ms: TimeoutHeader = None) -> Response:
     """Rank candidates for one user by score, best first; equal scores keep the request's order."""
-    questions = questions_of_rank(body, collaborators_of(request).settings)
+    questions = questions_of_rank(body)
     scored = await score_for(request, questions, body.on_unknown, timeout_ms, explain=body.explain)
     [answer] = scored.answers
     await breathe(len(answer.items))

@@ -5,7 +5,6 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from service.answers import ScoredPair, ScoreResponse
-from service.collaborators import collaborators_of
 from service.intake import JsonRoute
 from service.quality.served import ServedScore
 from service.questions import questions_of_score
@@ -25,11 +24,10 @@ async def score_pairs(body: ScoreRequest, request: Request, timeout_ms: TimeoutH
 
     Pairs of one user with the same history share one pass over it.
     """
-    settings = collaborators_of(request).settings
     if sum(len(pair.history or ()) for pair in body.pairs) > INLINE_ENTRIES:
-        questions, places = await asyncio.to_thread(questions_of_score, body, settings)
+        questions, places = await asyncio.to_thread(questions_of_score, body)
     else:
-        questions, places = questions_of_score(body, settings)
+        questions, places = questions_of_score(body)
     scored = await score_for(request, questions, body.on_unknown, timeout_ms, explain=body.explain)
     await breathe(len(places))
     results = []

@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from models.loading import Bundle
 from models.template import Template
@@ -20,11 +21,20 @@ def template(bundle: Bundle) -> Template:
 
 
 def rank(**fields: Any) -> list[Question]:
-    return questions_of_rank(RankRequest.model_validate({"user_id": "u", "candidates": ["a"], **fields}), LIMITS)
+    return questions_of_rank(
+        RankRequest.model_validate({"user_id": "u", "candidates": ["a"], **fields}, context=LIMITS)
+    )
 
 
 def pairs(*given: dict[str, Any]) -> tuple[list[Question], list[tuple[int, int]]]:
-    return questions_of_score(ScoreRequest.model_validate({"pairs": given}), LIMITS)
+    return questions_of_score(ScoreRequest.model_validate({"pairs": list(given)}, context=LIMITS))
+
+
+def limit_exceeded(error: ValidationError) -> str:
+    """Return the place of the one error, which is a limit's."""
+    [told] = error.errors()
+    assert told["type"] == LimitError.code
+    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in told["loc"]).removeprefix(".")
 
 
 def test_pairs_of_one_user_and_history_are_one_question() -> None:
@@ -60,9 +70,9 @@ def test_a_duplicate_candidate_is_refused_by_place() -> None:
     ],
 )
 def test_limits_name_the_place(fields: dict[str, Any], place: str) -> None:
-    with pytest.raises(LimitError) as caught:
+    with pytest.raises(ValidationError) as caught:
         rank(**fields)
-    assert caught.value.field == place
+    assert limit_exceeded(caught.value) == place
 
 
 def test_limits_of_pairs_name_the_place() -> None:
@@ -72,9 +82,9 @@ def test_limits_of_pairs_name_the_place() -> None:
         ([pair, {**pair, "title": "x" * 11}], "pairs[1].title"),
         ([pair, {**pair, "history": ["a"] * 21}], "pairs[1].history"),
     ):
-        with pytest.raises(LimitError) as caught:
+        with pytest.raises(ValidationError) as caught:
             pairs(*given)
-        assert caught.value.field == place
+        assert limit_exceeded(caught.value) == place
 
 
 def test_only_the_window_is_looked_up(template: Template) -> None:
