@@ -84,7 +84,7 @@ class KeyFile:
             raise KeyFileError(f"{self._path}: not UTF-8 text at byte {error.start}") from error
         ring = parse_keys(text, str(self._path))
         if stat.S_IMODE(status.st_mode) & stat.S_IROTH:
-            self._log.warning("keys_readable_by_all", file=str(self._path), mend=f"chmod o-r {self._path}")
+            self._log.warning("keys_readable_by_all", file=str(self._path), remedy=f"chmod o-r {self._path}")
         return _signature(status), ring
 
 

@@ -18,7 +18,7 @@ from service.metrics.store import DamagedKind, FallbackReason, StoreMetrics
 FAILURES = 3
 CHECK_S = 1.0
 DAMAGE_TOLD_S = 60.0
-MEND = "publish the bundle again: what is damaged of it is written anew; what is live comes again from the logs"
+REMEDY = "publish the bundle again: what is damaged of it is written anew; what is live comes again from the logs"
 
 
 class FallbackStore:
@@ -120,7 +120,7 @@ class FallbackStore:
         if damaged and time.monotonic() - self._damage_told >= DAMAGE_TOLD_S:
             self._damage_told = time.monotonic()
             kinds = sorted(set(damaged))
-            self._log.warning("store_damaged", kinds=kinds, bundle_id=self._redis.bundle_id, mend=MEND)
+            self._log.warning("store_damaged", kinds=kinds, bundle_id=self._redis.bundle_id, remedy=REMEDY)
 
     async def health(self) -> StoreHealth:
         """Return ready, whatever Redis does, and in the detail where answers come from."""

@@ -86,7 +86,7 @@ class Presence:
         policy = evicting(memory)
         self._metrics.evicts(bool(policy))
         if policy and policy != self._policy:
-            self._log.warning("store_evicts", policy=policy, mend=evicts(policy))
+            self._log.warning("store_evicts", policy=policy, remedy=evicts(policy))
         self._policy = policy
 
     def _keep_house(self, *, first: bool) -> None:

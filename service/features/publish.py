@@ -82,7 +82,7 @@ class Published:
     deleted: int  # users who were deleted after the first row that the bundle learned of them, and left out
     expiring: int  # keys of superseded bundles that were given their end
     current: bool  # Redis points to it
-    mended: int = 0  # records that were damaged or lost
+    repaired: int = 0  # records that were damaged or lost
 
 
 class Publisher:
@@ -140,11 +140,11 @@ class Publisher:
         whole = self._is_whole(meta, current=current) and not self._options.again
         already = whole and (current or self._options.stage)
         tables = self._bundle.tables()
-        mended = 0
+        repaired = 0
         if whole:
             self._precision = Precision.named(cast("PrecisionName", meta["precision"]))
             self._count()
-            mended = self._mend(tables)
+            repaired = self._repair(tables)
         else:
             self._begin(tables, meta)
             self._write_items(tables)
@@ -157,7 +157,9 @@ class Publisher:
             self._switch()
         current = current or not self._options.stage
         kept = len(tables.user_ids) - deleted
-        return Published(already and not mended, kept, len(tables.item_ids), deleted, self._expire(), current, mended)
+        return Published(
+            already and not repaired, kept, len(tables.item_ids), deleted, self._expire(), current, repaired
+        )
 
     def _clear_other_types(self) -> None:
         """Remove what has the type of another key: no command would work on it, and nothing of it can be kept."""
@@ -177,9 +179,9 @@ class Publisher:
     def _expire(self) -> int:
         return expire_superseded(self._client, self._shared, lambda done: self._tick("expiring", done, done))
 
-    def _mend(self, tables: Tables) -> int:
+    def _repair(self, tables: Tables) -> int:
         """Write anew what is damaged or lost of a bundle that is there; return how many records."""
-        mended = 0
+        repaired = 0
         for prefix, ids, record in (
             (self._keys.items, tables.item_ids, self._item_record),
             (self._keys.users, tables.user_ids, self._user_record),
@@ -191,10 +193,10 @@ class Publisher:
                     for row, (one, found) in enumerate(zip(some, there, strict=True), first):
                         if one not in gone and found != (wanted := record(tables, row)):
                             pipe.set(prefix + one, wanted)
-                            mended += 1
+                            repaired += 1
                     pipe.execute()
                 self._tick("checking", first + len(some), len(ids))
-        return mended
+        return repaired
 
     def _told(self, tables: Tables) -> dict[str, str]:
         """Return what the bundle's meta says of its records."""

@@ -83,8 +83,8 @@ def _told(published: Published, bundle_id: str, where: str) -> str:
             f"bundle {bundle_id[:12]} is {place} on {where}: {published.users} users, {published.items} items,"
             f" {published.deleted} deleted users left out"
         )
-    mended = f"; {published.mended} records were damaged or lost and are written anew" if published.mended else ""
-    return begun + mended + (f"; {published.expiring} superseded keys expire" if published.expiring else "")
+    repaired = f"; {published.repaired} records were damaged or lost and are written anew" if published.repaired else ""
+    return begun + repaired + (f"; {published.expiring} superseded keys expire" if published.expiring else "")
 
 
 def _give_up(message: str) -> NoReturn:

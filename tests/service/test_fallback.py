@@ -120,10 +120,10 @@ async def test_a_damaged_record_costs_itself_alone_and_publish_repairs_it(
     assert value(metrics, "sella_store_lookup_seconds_count", source="redis") == 2 * FAILURES
     assert [one["kinds"] for one in log if one["event"] == "store_damaged"] == [["item", "user"]]
     published = publish(redis, bundle)
-    assert (published.mended, published.current) == (3, True)
+    assert (published.repaired, published.current) == (3, True)
     assert not (await redis_store(store._redis._client, bundle, metrics).look_up(bundle.id, query)).damaged
     again = publish(redis, bundle)
-    assert (again.mended, again.already) == (0, True)
+    assert (again.repaired, again.already) == (0, True)
 
 
 async def test_what_is_no_number_or_text_in_redis_costs_the_answer_nothing(

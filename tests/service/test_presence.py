@@ -82,7 +82,7 @@ async def test_a_redis_that_removes_keys_is_warned_of_at_the_start_and_when_that
                 while metrics.registry.get_sample_value("sella_store_evicts"):
                     await asyncio.sleep(0.02)
     [warning] = [one for one in log if one["event"] == "store_evicts"]
-    assert warning["policy"] == "allkeys-lru" and "noeviction" in warning["mend"]
+    assert warning["policy"] == "allkeys-lru" and "noeviction" in warning["remedy"]
 
 
 async def test_impressions_of_an_earlier_version_end_sooner(redis: RedisServer) -> None:

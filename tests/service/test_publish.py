@@ -257,7 +257,7 @@ def test_publishing_the_same_bundle_repairs_what_is_damaged_and_writes_nothing_e
             client.lpush(named, "x")
         published = publish(redis, bundle, precision="float16")
         assert (published.current and not published.already) or damage in ("bundles", "deleted")
-        assert published.mended == (1 if damage in ("record", "lost", "another type") else 0)
+        assert published.repaired == (1 if damage in ("record", "lost", "another type") else 0)
         again = {key: client.dump(key) for key in client.scan_iter("*") if not key.endswith(b":meta")}
         counted = {f"{KEYS.tables}".encode()}  # a meta that was lost begins another table of counts
         assert {key: value for key, value in again.items() if key not in counted} == {
